@@ -1,0 +1,149 @@
+"""What a kernel may rely on: instruction sets, registers, caches, and how to recognise a host.
+
+A target is a `Machine`: a small record that schedules read instead of hard-coding numbers. The
+CPU feature names are those of ``/proc/cpuinfo``; a host has a target if it has all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import UsageError
+
+_V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One x86 target.
+
+    `bits` is the vector width, `registers` the number of vector registers, cache sizes are in
+    bytes per core (L3: shared). `mcpu` and `mattr` select the code generator's instruction set.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    mcpu: str
+    mattr: tuple[str, ...] = ()
+    bits: int = 512
+    registers: int = 32
+    vnni: bool = False
+    l1: int = 32 << 10
+    l2: int = 1 << 20
+    l3: int = 32 << 20
+
+    @property
+    def lanes(self) -> int:
+        """32-bit lanes of one vector register."""
+        return self.bits // 32
+
+    @property
+    def isa(self) -> str:
+        """Suffix of the kernel names that may use everything this machine has."""
+        return "vnni" if self.vnni else "avx512" if self.bits == 512 else "avx2"
+
+
+TARGETS: dict[str, Machine] = {
+    m.name: m
+    for m in (
+        Machine("x86-64-v3", _V3, "x86-64-v3", bits=256, registers=16),
+        Machine("x86-64-v4", _V4, "x86-64-v4"),
+        Machine(
+            "x86-64-v4-vnni", (*_V4, "avx512_vnni"), "x86-64-v4", ("+avx512vnni",), vnni=True
+        ),
+    )
+}
+
+
+@lru_cache(maxsize=1)
+def host_features() -> frozenset[str]:
+    """CPU feature flags of this host, as ``/proc/cpuinfo`` names them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_name() -> str:
+    """The CPU's marketing name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def missing_features(features: tuple[str, ...] | list[str]) -> list[str]:
+    """Features in the list that this host lacks."""
+    have = host_features()
+    return [f for f in features if f not in have]
+
+
+def host() -> Machine:
+    """The best target that this host can run.
+
+    Raises UsageError on a host without AVX2.
+    """
+    for machine in reversed(TARGETS.values()):
+        if not missing_features(machine.features):
+            return machine
+    lacks = ", ".join(missing_features(_V3))
+    raise UsageError(
+        f"target 'host': this CPU lacks {lacks}, the least target is x86-64-v3. "
+        "Fix: name a target with --target and run the artifact on another machine",
+        "DC2001",
+    )
+
+
+def resolve(target: str) -> Machine:
+    """The Machine for a target name; ``host`` is the best that this host can run."""
+    if target == "host":
+        return host()
+    if target not in TARGETS:
+        raise UsageError(
+            f"target '{target}': unknown, known are host, {', '.join(TARGETS)}. "
+            "Fix: name one of these",
+            "DC2002",
+        )
+    return TARGETS[target]
+
+
+def default_threads() -> int:
+    """Threads to use: DCCOMPILE_NUM_THREADS, else OMP_NUM_THREADS, else affinity and quota."""
+    for variable in ("DCCOMPILE_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(variable, "").split(",")[0].strip()
+        if value:
+            if not value.isdigit() or int(value) < 1:
+                raise UsageError(
+                    f"{variable}={value!r}: not a positive whole number. "
+                    "Fix: unset it or give the number of threads",
+                    "DC2003",
+                )
+            return int(value)
+    cpus = len(os.sched_getaffinity(0))
+    quota = _cgroup_quota()
+    return max(1, min(cpus, quota) if quota else cpus)
+
+
+def _cgroup_quota() -> int | None:
+    try:  # cgroup v2, then v1
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if limit == "max" else max(1, int(limit) // int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        base = Path("/sys/fs/cgroup/cpu")
+        limit = int((base / "cpu.cfs_quota_us").read_text())
+        return None if limit <= 0 else max(1, limit // int((base / "cpu.cfs_period_us").read_text()))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,118 @@
+"""Workloads: what the compiler recognised in a model, independent of any kernel or machine.
+
+A workload says operator, shapes, dtypes and epilogue, nothing about tiles. Front end, reference,
+schedules, tuning records and benches all speak of these records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+INT8_LIMITS = {"u8": (0, 255), "s8": (-128, 127)}
+NUMPY = {
+    "u8": "uint8",
+    "s8": "int8",
+    "s32": "int32",
+    "f32": "float32",
+    "f16": "float16",
+}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """C[m, n] = epilogue(sum_k (A[m, k] - a_zero) * (B[k, n] - b_zero[n])).
+
+    Integers (`a` is u8 or s8, `b` is s8). acc is exact s32 (modulo 2**32) and includes an s32
+    bias. Then, every operation rounding once, half to even:
+
+    - out s32:    C = acc
+    - out f32:    y = f32(acc) * scale[n], or fma(f32(acc), scale[n], bias[n]) with an f32 bias;
+                  C = activation(y)
+    - out u8, s8: y as above, the factors already divided by the output scale;
+                  C = clamp(saturate(rint(y) + zero_point))
+
+    With `runtime` quantization of A, a_zero (dtype of A) and, unless out is s32, a_scale (f32)
+    are tensors of shape (1,); scale[n] is then fl(a_scale * b_scale[n]).
+
+    Floats (`a` is f32, `b` is f32 or f16, out f32): y = sum_k A * f32(B), f32 accumulation in any
+    order, + bias[n]; C = activation(y).
+    """
+
+    m: int | None  # rows of A; None: known when called
+    n: int
+    k: int
+    a: str  # u8 | s8 | f32
+    b: str  # s8 | f32 | f16
+    out: str  # u8 | s8 | s32 | f32
+    bias: str = "none"  # none | s32 (folded into the correction) | f32
+    runtime: bool = False  # A's zero point and scale are tensors
+    b_zero: bool = False  # some column of B has a zero point other than 0
+    b_bits: int = 8  # 7: every |b| <= 64, so that pairs of u8*s8 products fit 16 bits
+    zero_point: int = 0  # of an u8 or s8 output
+    clamp: tuple[int, int] | None = None  # of an u8 or s8 output, in output codes
+    activation: str = "none"  # of an f32 output: none | relu | sigmoid | tanh | clip
+    clip: tuple[float, float] | None = None  # bounds of activation 'clip'
+    bounded: bool = False  # |y| < 2**31 is proven for every input
+
+    op = "gemm"
+
+    @property
+    def ops(self) -> int:
+        """Useful operations (multiply and add counted apart); of one row if m is not known."""
+        return 2 * (self.m or 1) * self.n * self.k
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype part of kernel names: A, B, accumulator."""
+        return self.a + self.b + ("f32" if self.a == "f32" else "s32")
+
+    @property
+    def shape(self) -> dict[str, int | None]:
+        return {"m": self.m, "n": self.n, "k": self.k}
+
+    def describe(self) -> str:
+        """One line for people: ``gemm u8s8s32 64x512x512 -> u8 +bias``."""
+        m = "?" if self.m is None else str(self.m)
+        extra = [f"+{self.bias} bias"] if self.bias != "none" else []
+        extra += [self.activation] if self.activation != "none" else []
+        extra += ["runtime-scaled"] if self.runtime else []
+        return " ".join([f"gemm {self.dtypes} {m}x{self.n}x{self.k} -> {self.out}", *extra])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"op": self.op, **asdict(self)}
+
+
+@dataclass
+class GemmWeights:
+    """The constant operands of a Gemm.
+
+    b (k, n) s8, f32 or f16 · scale (n,) f32: the factor of the accumulator, with `runtime` the
+    scale of B alone · bias (n,) s32 or f32 · a_zero: A's zero point unless `runtime` ·
+    b_zero (n,) s32.
+    """
+
+    b: np.ndarray
+    scale: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    a_zero: int = 0
+    b_zero: np.ndarray | None = None
+
+
+def accumulator_bound(weights: GemmWeights, a: str) -> np.ndarray:
+    """Largest |acc| that any A of dtype `a` can give, per column, as float64 (n,).
+
+    `weights.a_zero` is used where it is static; callers with a runtime zero point must not use
+    the bound.
+    """
+    low, high = INT8_LIMITS[a]
+    reach = max(high - weights.a_zero, weights.a_zero - low)
+    b = weights.b.astype(np.float64)
+    if weights.b_zero is not None:
+        b = b - weights.b_zero
+    bound = np.abs(b).sum(axis=0) * reach
+    if weights.bias is not None and weights.bias.dtype == np.int32:
+        bound = bound + np.abs(weights.bias.astype(np.float64))
+    return bound

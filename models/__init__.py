@@ -1,0 +1,1 @@
+"""Reference models: PyTorch definition, exported graph, weights made from a seed."""

@@ -1,0 +1,54 @@
+"""Vector vocabulary of the x86 schedules: short names for TIR expressions on whole registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+__all__ = ["T", "bits", "i64", "intrinsic", "masked_store", "prim_func", "ramp", "splat", "tirx"]
+
+
+@contextmanager
+def prim_func(name: str) -> Iterator[IRBuilder]:
+    """Opens a PrimFunc named `name` whose buffers do not alias; ``builder.get()`` returns it."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        yield builder
+
+
+def i64(value: int) -> Any:
+    return tirx.const(value, "int64")
+
+
+def ramp(base: Any, lanes: int) -> Any:
+    """Contiguous lanes of a buffer, from `base`."""
+    return T.ramp(base, 1, lanes)
+
+
+def splat(value: float | int, dtype: str, lanes: int) -> Any:
+    return T.broadcast(tirx.const(value, dtype), lanes)
+
+
+def bits(dtype: str, value: Any) -> Any:
+    """The same bits as another type."""
+    return tirx.reinterpret(dtype, value)
+
+
+def intrinsic(dtype: str, name: str, *args: Any) -> Any:
+    """A pure LLVM intrinsic. One that the target lacks aborts the compiler: gate on features."""
+    return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def masked_store(buffer: Any, index: Any, value: Any, lanes: int, valid: int) -> None:
+    """Stores the first `valid` of `lanes` lanes at a flat or n-d index, touching nothing else."""
+    mask = tirx.LT(ramp(tirx.const(0, "int32"), lanes), splat(valid, "int32", lanes))
+    where = buffer[tuple(index)] if isinstance(index, (list, tuple)) else buffer[index]
+    T.evaluate(
+        tirx.call_llvm_intrin("void", "llvm.masked.store", value, T.address_of(where), mask)
+    )

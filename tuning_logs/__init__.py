@@ -1,0 +1,1 @@
+"""Tuning records, winners only: ``<target>/<kernel>.jsonl``."""
