@@ -1,0 +1,101 @@
+"""The compiler's stages, in order: read, recover, place, fuse, plan, generate code.
+
+Everything here runs in the compiler's child process (`worker`), or in `checker` without the last
+stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tvm
+
+from . import aot, legalize, linker
+from .errors import UnsupportedError
+from .frontend import convert, gate, operators, recover
+from .machine import Machine
+
+ALIGN = 64
+
+
+@dataclass
+class Front:
+    """A model after the front end: validated, quantized operators recovered."""
+
+    graph: gate.Graph
+    recovered: recover.Recovered
+
+
+@dataclass
+class Lowered:
+    """A model lowered for one machine, ready for code generation."""
+
+    machine: Machine
+    mod: tvm.IRModule
+    program: aot.Program
+    placed: list[convert.Placed]
+    unscheduled: dict[str, str]  # functions that the generic schedule left alone, and why
+
+
+@dataclass
+class Constants:
+    """The params of an artifact: every distinct constant of every variant, once."""
+
+    arrays: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    offsets: dict[bytes, int] = field(default_factory=dict)
+    size: int = 0
+
+    def place(self, array: np.ndarray) -> int:
+        """Byte offset of the constant in params, a multiple of 64."""
+        array = np.ascontiguousarray(array)
+        digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
+        key = digest.digest()
+        if key not in self.offsets:
+            self.offsets[key] = self.size
+            self.arrays.append((f"c{len(self.arrays)}", array))
+            self.size += -(-array.nbytes // ALIGN) * ALIGN
+        return self.offsets[key]
+
+
+def front(model: str | bytes, shapes: dict[str, Any] | None, precision: str) -> Front:
+    """Reads, validates and recovers. Raises ModelError or UnsupportedError listing every problem."""
+    graph = gate.read(model, shapes)
+    problems = unsupported(graph.model)
+    if problems:
+        raise UnsupportedError(problems)
+    return Front(graph, recover.recover(graph.model, precision=precision))
+
+
+def unsupported(model: onnx.ModelProto) -> list[Any]:
+    """Every node that cannot be compiled, with the reason."""
+    return [*gate.unknown_operators(model), *operators.hazards(model)]
+
+
+def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
+    """Everything up to code generation for one machine; adds its constants."""
+    mod, placed = convert.to_relax(front.recovered.model, front.recovered.gemms, machine)
+    mod, unscheduled = legalize.fuse(mod, machine)
+    bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
+    mod, program = aot.lower(mod, bounds, constants.place)
+    return Lowered(machine, mod, program, placed, unscheduled)
+
+
+def tvm_target(machine: Machine) -> tvm.target.Target:
+    return tvm.target.Target(
+        {"kind": "llvm", "mcpu": machine.mcpu, "mattr": list(machine.mattr), "num-cores": 1}
+    )
+
+
+def generate(lowered: Lowered, library: Path) -> None:
+    """Writes the shared library of a variant."""
+    built = tvm.tirx.build(lowered.mod, tvm_target(lowered.machine))
+    objects = library.with_suffix(".o")
+    built.write_to_file(str(objects))
+    linker.link([objects], library)
+    objects.unlink()

@@ -1,0 +1,171 @@
+"""The compiler's child process: ``python -m dccompile.worker JOB_FOLDER``.
+
+Compiling runs LLVM, which ends the process on what it cannot do; here that ends a child and the
+caller gets an error. The folder holds job.json; progress goes to stdout as JSON lines, the result
+to result.json. Not for use by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import Error, ModelError, UnsupportedError
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
+    try:
+        result: dict[str, Any] = {"manifest": compile_job(job, folder)}
+    except MemoryError:
+        result = {"error": {"class": "Error", "code": "DC1003", "text": _memory_text(job)}}
+    except Error as error:
+        result = {"error": describe(error)}
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[-1]
+        if "bad_alloc" in text:
+            text = _memory_text(job)
+        else:
+            text = f"{type(error).__name__}: {text}. Fix: report the model that does this"
+        result = {"error": {"class": "Error", "code": "DC1001", "text": text}}
+        result["traceback"] = traceback.format_exc()
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def _memory_text(job: dict[str, Any]) -> str:
+    return (
+        f"compiling '{job['name']}' needs more than the limit of {job['memory'] >> 20} MiB. "
+        "Fix: fix large or open dims with --shape, or raise DCCOMPILE_MEMORY_LIMIT (MiB)"
+    )
+
+
+def describe(error: Error) -> dict[str, Any]:
+    """An error as JSON; `compiler.revive` is the inverse."""
+    out: dict[str, Any] = {"class": type(error).__name__, "code": error.code, "text": str(error)}
+    if isinstance(error, (ModelError, UnsupportedError)):
+        out["problems"] = [asdict(p) for p in error.problems]
+    return out
+
+
+def say(step: str, **values: Any) -> None:
+    print(json.dumps({"step": step, **values}), flush=True)
+
+
+def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Compiles as the job says; writes libraries and params, returns the manifest."""
+    say("import")
+    sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi would import it, 2 s
+    from . import artifact, pipeline
+    from .machine import TARGETS
+
+    say("read")
+    model = job.get("path") or (folder / "model.onnx").read_bytes()
+    front = pipeline.front(model, job["shapes"], job["precision"])
+    constants = pipeline.Constants()
+    lowered = []
+    for name in job["targets"]:
+        say("lower", target=name)
+        lowered.append(pipeline.lower(front, TARGETS[name], constants))
+    say("generate", targets=len(lowered))
+    (folder / "lib").mkdir()
+    libraries = [folder / "lib" / f"{low.machine.name}.so" for low in lowered]
+    _generate_all(lowered, libraries)
+    say("write")
+    offsets = artifact.write_params(folder / "params.safetensors", constants.arrays)
+    if offsets != sorted(constants.offsets.values()):
+        raise AssertionError("params were laid out otherwise than planned")
+    return _manifest(job, front, lowered)
+
+
+_lowered: list[Any] = []  # inherited by the forked generators below
+
+
+def _generate(index: int, library: str) -> None:
+    from . import pipeline
+
+    pipeline.generate(_lowered[index], Path(library))
+
+
+def _generate_all(lowered: list[Any], libraries: list[Path]) -> None:
+    from . import pipeline
+
+    cores = len(os.sched_getaffinity(0))
+    if len(lowered) == 1 or cores == 1:
+        for low, library in zip(lowered, libraries, strict=True):
+            pipeline.generate(low, library)
+        return
+    _lowered[:] = lowered
+    workers = min(cores, len(lowered))
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+        jobs = [pool.submit(_generate, i, str(path)) for i, path in enumerate(libraries)]
+        for job in jobs:
+            job.result()
+
+
+def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, Any]:
+    import onnx
+    import tvm
+    import tvm_ffi
+
+    graph = front.graph
+    variants = []
+    for low in lowered:
+        kernels = [
+            {
+                "symbol": p.symbol,
+                **p.choice.to_json(),
+                "workload": p.site.workload.to_json(),
+                "node": p.site.nodes[-1],
+            }
+            for p in low.placed
+        ]
+        work = low.program.workspace
+        variants.append(
+            {
+                "target": low.machine.name,
+                "features": list(low.machine.features),
+                "library": f"lib/{low.machine.name}.so",
+                "params": "params.safetensors",
+                "kernels": kernels,
+                "steps": [s.name for s in low.program.steps],
+                "unscheduled": low.unscheduled,
+                "workspace": work if isinstance(work, int) else None,
+                "peak": low.program.peak,
+            }
+        )
+    chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
+    nodes = [{**n, "kernel": chosen.get(n.get("site", ""))} for n in front.recovered.nodes]
+    return {
+        "format": 1,
+        "producer": f"dccompile {__version__}",
+        "name": job["name"],
+        "inputs": [_spec(t) for t in graph.inputs],
+        "outputs": [_spec(t) for t in graph.outputs],
+        "symbols": [
+            {"name": v.name, "min": graph.symbols[v.name][0], "max": graph.symbols[v.name][1]}
+            for v in lowered[0].program.symbols
+        ],
+        "variants": variants,
+        "nodes": nodes,
+        "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
+        "runtime": {"tvm_ffi": tvm_ffi.__version__},
+    }
+
+
+def _spec(tensor: Any) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Imports point one way: a module may import only from the layers below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import dccompile
+
+LAYERS = (
+    {"errors", "machine"},
+    {"workload", "kernel", "reference", "artifact", "container", "params"},
+    {"measure", "runtime", "call", "linker"},
+    {"schedules", "registry"},
+    {"frontend", "generic", "legalize", "aot"},
+    {"pipeline"},
+    {"worker", "compiler", "checker"},
+    {"models", "peers", "bench", "present", "inspect", "doctor"},
+    {"cli", "__main__"},
+)
+RUNTIME = {"runtime", "artifact", "container", "params", "call"}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ROOT = Path(dccompile.__file__).parent
+
+
+def imported(path: Path, package: tuple[str, ...]) -> set[str]:
+    """First-level names inside dccompile that a file imports, lazily or not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [".".join([*base, a.name]) for a in node.names]
+        found |= {n.split(".")[1] for n in names if n.startswith("dccompile.") and n.count(".")}
+    return found & set(LEVEL)
+
+
+def modules() -> list[tuple[str, Path, tuple[str, ...]]]:
+    out = [(p.stem, p, ("dccompile",)) for p in ROOT.glob("*.py") if p.stem != "__init__"]
+    for name, package in (("frontend", ROOT / "frontend"), ("models", ROOT.parent / "models")):
+        out += [(name, p, ("dccompile", name)) for p in package.rglob("*.py")]
+    return out
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name for name, _, _ in modules()} <= set(LEVEL)
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{path.name} imports {other}"
+        for name, path, package in modules()
+        for other in imported(path, package)
+        if LEVEL[other] > LEVEL[name]
+    ]
+    assert wrong == []
+
+
+def test_the_runtime_needs_no_compiler() -> None:
+    allowed = RUNTIME | {"errors", "machine"}
+    for name in RUNTIME & {p.stem for p in ROOT.glob("*.py")}:
+        assert imported(ROOT / f"{name}.py", ("dccompile",)) <= allowed
+
+
+def test_only_the_registry_reaches_schedules() -> None:
+    users = {name for name, path, package in modules() if "schedules" in imported(path, package)}
+    assert users == {"registry"}
+
+
+def test_schedules_know_only_contracts_and_siblings() -> None:
+    folder = ROOT.parent / "schedules" / "x86"
+    for path in folder.glob("*.py"):
+        names = imported(path, ("dccompile", "schedules", "x86"))
+        assert names <= {"errors", "machine", "workload", "kernel", "schedules"}, path.name
