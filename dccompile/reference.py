@@ -1,0 +1,112 @@
+"""The meaning of every workload in plain numpy: what kernels are tested against, bit by bit.
+
+Nothing here is shared with the schedules.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
+
+
+def gemm(
+    workload: Gemm,
+    weights: GemmWeights,
+    a: np.ndarray,
+    a_zero: np.ndarray | None = None,
+    a_scale: np.ndarray | None = None,
+) -> np.ndarray:
+    """C (m, n) of A (m, k), exactly as the docstring of `Gemm` defines it.
+
+    `a_zero` and `a_scale`, of shape (1,), are given with `workload.runtime`. Float workloads
+    accumulate in float64, sigmoid and tanh are computed in float64: there, equality is not to be
+    expected.
+    """
+    if workload.a == "f32":
+        sums = a.astype(np.float64) @ weights.b.astype(np.float32).astype(np.float64)
+        if weights.bias is not None:
+            sums = sums + weights.bias.astype(np.float64)
+        return activate(workload, sums.astype(np.float32))
+    acc = accumulate(workload, weights, a, a_zero)
+    if workload.out == "s32":
+        return acc
+    assert weights.scale is not None
+    scale = weights.scale.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if workload.runtime:
+            assert a_scale is not None
+            scale = a_scale.astype(np.float32) * scale
+        y = acc.astype(np.float32)
+        if workload.bias == "f32":
+            assert weights.bias is not None
+            y = fma(y, scale, weights.bias)
+        else:
+            y = y * scale
+    return activate(workload, y) if workload.out == "f32" else quantize(workload, y)
+
+
+def accumulate(
+    workload: Gemm, weights: GemmWeights, a: np.ndarray, a_zero: np.ndarray | None = None
+) -> np.ndarray:
+    """The s32 accumulator of an integer Gemm, modulo 2**32, with an s32 bias in it."""
+    zero = weights.a_zero
+    if workload.runtime:
+        assert a_zero is not None
+        zero = int(a_zero[0])
+    b = weights.b.astype(np.float64)
+    if weights.b_zero is not None:
+        b = b - weights.b_zero
+    # float64 holds every sum exactly: k * 2**8 * 2**9 < 2**53 for any k below 2**36
+    acc = ((a.astype(np.float64) - zero) @ b).astype(np.int64)
+    if workload.bias == "s32":
+        assert weights.bias is not None
+        acc = acc + weights.bias.astype(np.int64)
+    return acc.astype(np.int32)
+
+
+def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """x*y + z of float32 arrays, rounded once.
+
+    The product is exact in float64. The sum is rounded to odd there (Boldo and Melquiond, 2008),
+    which makes the second rounding, to float32, the only one that counts.
+    """
+    product = x.astype(np.float64) * y.astype(np.float64)
+    product, addend = np.broadcast_arrays(product, np.asarray(z, np.float64))
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)  # Knuth's two-sum
+    even = (total.view(np.int64) & 1) == 0
+    inexact = np.isfinite(total) & (error != 0) & even
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
+
+
+def quantize(workload: Gemm, y: np.ndarray) -> np.ndarray:
+    """clamp(saturate(rint(y) + zero_point)) in the 8-bit type of the output; NaN gives its least.
+
+    NaN comes only from a runtime scale that is NaN or infinite.
+    """
+    low, high = INT8_LIMITS[workload.out]
+    # an f32 beyond 2**20 saturates whatever the zero point is
+    limited = np.clip(np.where(np.isnan(y), -np.inf, y), -(2.0**20), 2.0**20)
+    codes = np.clip(np.rint(limited).astype(np.int64) + workload.zero_point, low, high)
+    if workload.clamp is not None:
+        codes = np.clip(codes, *workload.clamp)
+    return codes.astype(NUMPY[workload.out])
+
+
+def activate(workload: Gemm, y: np.ndarray) -> np.ndarray:
+    """The activation of a float32 output; a NaN stays one."""
+    with np.errstate(over="ignore"):
+        if workload.activation == "relu":
+            return np.maximum(y, np.float32(0))
+        if workload.activation == "clip":
+            assert workload.clip is not None
+            low, high = (np.float32(bound) for bound in workload.clip)
+            return np.minimum(np.maximum(y, low), high)
+        if workload.activation == "sigmoid":
+            return (1 / (1 + np.exp(-y.astype(np.float64)))).astype(np.float32)
+        if workload.activation == "tanh":
+            return np.tanh(y.astype(np.float64)).astype(np.float32)
+    return y
