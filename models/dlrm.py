@@ -1,0 +1,138 @@
+"""Deep learning recommendation model (Naumov et al., 2019), in the proportions of MLPerf.
+
+dense (N, 13) -> bottom MLP; sparse (N, tables, pooling) -> one pooled row of every table; dot
+products of all pairs of these vectors; top MLP -> click probability (N, 1).
+
+``python -m dccompile.models.dlrm --export`` writes the graphs and scales of this folder anew;
+only that needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+DENSE = 13
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes; an empty `bottom` leaves the top MLP alone, fed with floats (N, top[0])."""
+
+    bottom: tuple[int, ...] = (DENSE, 512, 256, 64)
+    top: tuple[int, ...] = (512, 512, 256, 1)  # behind the interaction
+    tables: int = 26
+    rows: int = 1000
+    pooling: int = 20
+
+
+CONFIGS = {
+    "dlrm": Config(),
+    "dlrm-mlp": Config(bottom=(), top=(512, 512, 512, 256, 1), tables=0),
+}
+
+
+def path(graph: str, suffix: str = "onnx") -> Path:
+    """The file of this folder that holds a graph, or with "json" its scales."""
+    return Path(__file__).with_name(f"{graph}.{suffix}")
+
+
+def inputs(graph: str, batch: int, seed: int) -> dict[str, np.ndarray]:
+    """Random inputs for a graph of this file."""
+    config = CONFIGS[graph]
+    rng = np.random.default_rng(seed)
+    if not config.bottom:
+        return {"x": rng.standard_normal((batch, config.top[0]), np.float32)}
+    indices = rng.integers(0, config.rows, (batch, config.tables, config.pooling))
+    return {"dense": rng.standard_normal((batch, DENSE), np.float32), "sparse": indices}
+
+
+def module(config: Config) -> Any:
+    """The model as a torch.nn.Module."""
+    import torch
+    from torch import nn
+
+    def mlp(widths: tuple[int, ...], last: type[nn.Module]) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for index in range(len(widths) - 1):
+            layers.append(nn.Linear(widths[index], widths[index + 1]))
+            layers.append(last() if index == len(widths) - 2 else nn.ReLU())
+        return nn.Sequential(*layers)
+
+    class Dlrm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bottom = mlp(config.bottom, nn.ReLU)
+            dim, vectors = config.bottom[-1], config.tables + 1
+            # Random only so that the exporter does not merge equal tables.
+            self.tables = nn.ParameterList(
+                torch.randn(config.rows, dim) for _ in range(config.tables)
+            )
+            rows, columns = np.tril_indices(vectors, -1)
+            self.register_buffer("pairs", torch.from_numpy(rows * vectors + columns))
+            self.top = mlp((dim + len(rows), *config.top), nn.Sigmoid)
+
+        def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+            z = self.bottom(dense)
+            pooled = [
+                nn.functional.embedding(sparse[:, index], table).sum(1)
+                for index, table in enumerate(self.tables)
+            ]
+            vectors = torch.stack([z, *pooled], 1)
+            products = torch.matmul(vectors, vectors.transpose(1, 2)).flatten(1)
+            return self.top(torch.cat([z, products.index_select(1, self.pairs)], 1))
+
+    return Dlrm() if config.bottom else mlp(config.top, nn.Sigmoid)
+
+
+def trace(graph: str) -> onnx.ModelProto:
+    """The graph as PyTorch exports it now, weights stripped."""
+    import torch
+    from dccompile.models.weights import strip
+
+    feeds = {name: torch.from_numpy(value) for name, value in inputs(graph, 2, 0).items()}
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter that needs no package beside torch is old
+        torch.onnx.export(
+            module(CONFIGS[graph]).eval(),
+            tuple(feeds.values()),
+            file,
+            dynamo=False,
+            opset_version=17,
+            input_names=list(feeds),
+            output_names=["y"],
+            dynamic_axes={name: {0: "N"} for name in (*feeds, "y")},
+        )
+    model = onnx.ModelProto.FromString(file.getvalue())
+    for node in model.graph.node:
+        node.ClearField("doc_string")
+    strip(model)
+    return model
+
+
+def _export() -> None:
+    from dccompile.models.qdq import calibrate
+    from dccompile.models.weights import fill
+
+    for graph in CONFIGS:
+        model = trace(graph)
+        path(graph).write_bytes(model.SerializeToString(deterministic=True))
+        fill(model, 0)
+        scales = calibrate(model, inputs(graph, 256, 1))
+        path(graph, "json").write_text(json.dumps(scales, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--export", action="store_true", required=True)
+    parser.parse_args()
+    _export()
