@@ -15,12 +15,10 @@ import numpy as np
 import onnx
 import tvm
 
-from . import aot, legalize, linker
+from . import aot, legalize, linker, params
 from .errors import UnsupportedError
 from .frontend import convert, gate, operators, recover
 from .machine import Machine
-
-ALIGN = 64
 
 
 @dataclass
@@ -59,8 +57,18 @@ class Constants:
         if key not in self.offsets:
             self.offsets[key] = self.size
             self.arrays.append((f"c{len(self.arrays)}", array))
-            self.size += -(-array.nbytes // ALIGN) * ALIGN
+            self.size += -(-array.nbytes // params.ALIGN) * params.ALIGN
         return self.offsets[key]
+
+    def write(self, path: Path) -> None:
+        """Writes the params file."""
+        packed = params.pack_params(self.arrays)
+        planned = dict(zip((n for n, _ in self.arrays), self.offsets.values(), strict=True))
+        if packed.offsets != planned:
+            raise AssertionError("the params file is laid out otherwise than the code expects")
+        with path.open("wb") as file:
+            for chunk in packed.chunks():
+                file.write(chunk)
 
 
 def front(model: str | bytes, shapes: dict[str, Any] | None, precision: str) -> Front:
@@ -69,7 +77,7 @@ def front(model: str | bytes, shapes: dict[str, Any] | None, precision: str) -> 
     problems = unsupported(graph.model)
     if problems:
         raise UnsupportedError(problems)
-    return Front(graph, recover.recover(graph.model, precision=precision))
+    return Front(graph, recover.recover(graph.model, graph.constants, precision))
 
 
 def unsupported(model: onnx.ModelProto) -> list[Any]:
@@ -80,21 +88,15 @@ def unsupported(model: onnx.ModelProto) -> list[Any]:
 def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     """Everything up to code generation for one machine; adds its constants."""
     mod, placed = convert.to_relax(front.recovered.model, front.recovered.gemms, machine)
-    mod, unscheduled = legalize.fuse(mod, machine)
+    mod, report = legalize.fuse_report(mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     mod, program = aot.lower(mod, bounds, constants.place)
-    return Lowered(machine, mod, program, placed, unscheduled)
-
-
-def tvm_target(machine: Machine) -> tvm.target.Target:
-    return tvm.target.Target(
-        {"kind": "llvm", "mcpu": machine.mcpu, "mattr": list(machine.mattr), "num-cores": 1}
-    )
+    return Lowered(machine, mod, program, placed, report.left)
 
 
 def generate(lowered: Lowered, library: Path) -> None:
     """Writes the shared library of a variant."""
-    built = tvm.tirx.build(lowered.mod, tvm_target(lowered.machine))
+    built = tvm.tirx.build(lowered.mod, legalize.target_of(lowered.machine))
     objects = library.with_suffix(".o")
     built.write_to_file(str(objects))
     linker.link([objects], library)

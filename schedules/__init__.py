@@ -1,1 +1,29 @@
 """The list of kernels: one line gives a kernel its selection, tests, bench and tuning."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..kernel import Kernel
+
+# In order of preference among those that a machine can run and that do not refuse a workload.
+KERNELS: tuple[str, ...] = (
+    "x86.gemm_u8s8s32_vnni",
+    "x86.gemm_u8s7s32_avx512",
+    "x86.gemm_u8s8s32_avx512",
+    "x86.gemm_u8s7s32_avx2",
+    "x86.gemm_u8s8s32_avx2",
+    "x86.gemm_f32f32f32_avx512",
+    "x86.gemm_f32f32f32_avx2",
+    "x86.gemm_f32f16f32_avx512",
+    "x86.gemm_f32f16f32_avx2",
+)
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[Kernel, ...]:
+    """All kernels, in order of preference. Imports TVM."""
+    return tuple(import_module(f".{name}", __name__).KERNEL for name in KERNELS)

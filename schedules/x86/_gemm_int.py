@@ -1,0 +1,174 @@
+"""What the integer GEMM kernels share: packed layout, row blocks, panels, threads.
+
+W holds, each part 64-byte aligned: the panels, then one value per column (padded to whole vectors)
+of: base s32 · scale f32 · bias f32 · b_zero s32 · b_sum s32 (the last four only where used).
+
+    panel 0              panel 1              ...   last panel: the nr that are left
+    +-------------------+-------------------+
+    | step 0: v0 .. v(nr-1) | step 1: ...   |       a vector: `lanes` columns x 4 k
+    +-------------------+-------------------+
+
+A k-step reads 4 bytes of a row of A. Where K % 4 != 0 the last step reads the last 4 bytes of the
+row again and the weights of those already used are 0, so nothing past a row is ever read.
+
+s8 activations are read as a + 128 (the top bit flipped), which makes them u8 with a zero point
+that is 128 higher:  sum (a-az)(b-bz) = sum a*b - az*(sum b - K*bz) - bz * sum a.
+The part without A's row sum is where the accumulators start.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...kernel import Kernel
+from ...machine import Machine
+from ...workload import Gemm, GemmWeights
+from ._ir import T, bits
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def even_rows(m: int | None, choices: tuple[int, ...]) -> int:
+    """The tallest tile of which M is a multiple, else the first, the least for an open M.
+
+    Equal tiles save a second variant of the code; an open M needs a variant for every smaller M.
+    """
+    if m is None:
+        return min(choices)
+    if m <= max(choices):
+        return m
+    return next((mr for mr in choices if m % mr == 0), choices[0])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is in W. `lanes` columns per vector, `vectors` of them in panels of `nr`."""
+
+    lanes: int
+    nr: int
+    vectors: int
+    steps: int
+    step_bytes: int  # of one vector in one k-step
+    base: int  # the rest: byte offsets
+    scale: int
+    bias: int
+    b_zero: int
+    b_sum: int
+    nbytes: int
+
+    @property
+    def panels(self) -> int:
+        return ceil_div(self.vectors, self.nr)
+
+
+class IntegerGemm(Kernel):
+    """C = epilogue(A x B) for u8 or s8 A and s8 B; a subclass says how 4 bytes of A meet B."""
+
+    gops: ClassVar[float]  # about the speed of one thread, for the choice to use more
+    seven_bits: ClassVar[bool] = False  # only for |b| <= 64
+    staged: ClassVar[bool] = False  # A is widened to 16 bits before it is multiplied
+    bits: ClassVar[int]  # widest vector
+
+    # ---- the micro-kernel's vocabulary ----
+    @abstractmethod
+    def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
+        """s8 (..., lanes, 4) weights of k-steps as uint8 (..., bytes)."""
+
+    def a_operands(self, dwords: Any, lanes: int) -> list[Any]:
+        """The multiplier inputs made of int32xL, 4 u8 of one row in every lane.
+
+        Not asked of kernels that are `staged`: theirs are int16x(2L), k pairs (0, 1) and (2, 3).
+        """
+        return [T.Bind(bits(f"int8x{4 * lanes}", dwords))]
+
+    @abstractmethod
+    def b_operands(self, w: Any, offset: Any, lanes: int, params: Any) -> list[Any]:
+        """The multiplier inputs of one vector and k-step, at a byte offset of W."""
+
+    @abstractmethod
+    def constant(self, quad: tuple[int, ...], lanes: int) -> list[Any]:
+        """b_operands() if the 4 weights of every column were `quad`."""
+
+    @abstractmethod
+    def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
+        """acc int32xL plus the sums of 4 products."""
+
+    # ---- Kernel ----
+    def refuses(self, workload: Gemm) -> str | None:
+        if workload.a not in ("u8", "s8") or workload.b != "s8":
+            return f"operands are {workload.a} x {workload.b}, not u8 or s8 x s8"
+        if self.seven_bits and workload.b_bits > 7:
+            return "weights beyond +-64 overflow the 16-bit sums of products"
+        return None
+
+    def lanes(self, workload: Gemm) -> int:
+        """Columns per vector: half vectors where they hold all of N."""
+        return 8 if workload.n <= 8 else self.bits // 32
+
+    def layout(self, workload: Gemm, params: Any) -> Layout:
+        lanes = self.lanes(workload)
+        vectors, steps = ceil_div(workload.n, lanes), ceil_div(workload.k, 4)
+        step_bytes = self.encode(np.zeros((lanes, 4), np.int8), params).size
+        row = ceil_div(vectors * lanes * 4, 64) * 64
+        offsets = [ceil_div(vectors * steps * step_bytes, 64) * 64]
+        scaled, biased = workload.out != "s32", workload.bias == "f32"
+        for used in (True, scaled, biased, workload.b_zero, workload.runtime):
+            offsets.append(offsets[-1] + (row if used else 0))
+        return Layout(lanes, params.nr, vectors, steps, step_bytes, *offsets)
+
+    def pack(self, workload: Gemm, weights: GemmWeights, params: Any) -> np.ndarray:
+        lay = self.layout(workload, params)
+        n, k = workload.n, workload.k
+        columns = lay.vectors * lay.lanes
+        quads = np.zeros((lay.steps * 4, columns), np.int8)
+        whole = k // 4 * 4
+        quads[:whole, :n] = weights.b[:whole]
+        if k % 4:  # right-aligned, as the last step reads the last 4 bytes of a row
+            end = lay.steps * 4 if k >= 4 else k
+            quads[end - k % 4 : end, :n] = weights.b[whole:]
+        quads = quads.reshape(lay.steps, 4, lay.vectors, lay.lanes).transpose(2, 0, 3, 1)
+        steps = self.encode(np.ascontiguousarray(quads), params)
+        steps = steps.reshape(lay.vectors, lay.steps, lay.step_bytes)
+        out = np.zeros(lay.nbytes, np.uint8)
+        for first in range(0, lay.vectors, lay.nr):
+            panel = steps[first : first + lay.nr].transpose(1, 0, 2)
+            start = first * lay.steps * lay.step_bytes
+            out[start : start + panel.size] = panel.reshape(-1)
+
+        def put(offset: int, values: np.ndarray, dtype: str) -> None:
+            raw = np.ascontiguousarray(values, dtype=dtype).view(np.uint8).reshape(-1)
+            out[offset : offset + raw.size] = raw
+
+        sums = weights.b.astype(np.int64).sum(axis=0)
+        if workload.b_zero:
+            assert weights.b_zero is not None
+            sums = sums - k * weights.b_zero.astype(np.int64)
+            put(lay.b_zero, weights.b_zero, "int32")
+        base = np.zeros(n, np.int64)
+        if workload.bias == "s32":
+            assert weights.bias is not None
+            base += weights.bias
+        if workload.runtime:
+            put(lay.b_sum, sums, "int32")
+        else:
+            flipped = workload.a == "s8" and not self.staged
+            base -= (weights.a_zero + (128 if flipped else 0)) * sums
+        put(lay.base, base.astype(np.int32), "int32")
+        if workload.out != "s32":
+            assert weights.scale is not None
+            put(lay.scale, weights.scale, "float32")
+        if workload.bias == "f32":
+            assert weights.bias is not None
+            put(lay.bias, weights.bias, "float32")
+        return out
+
+    def build(self, workload: Gemm, params: Any, machine: Machine) -> Any:
+        from ._gemm_loops import Builder
+
+        return Builder(self, workload, params, machine).function()

@@ -1,0 +1,16 @@
+"""GEMM f32 x f32 -> f32, AVX2.   C[m,n] = activation(sum_k A[m,k] * B[n/8, k, n%8] + bias[n])
+"""
+
+from __future__ import annotations
+
+from ._float_gemm import FloatGemm
+
+
+class GemmF32Avx2(FloatGemm):
+    name = "gemm_f32f32f32_avx2"
+    features = ("avx2", "fma", "f16c")
+    SPACE = {"mr": (1, 2, 3, 4, 5, 6, 8, 10, 12), "nr": (1, 2, 3, 4, 5, 6), "lanes": (8,)}
+    weights = "f32"
+
+
+KERNEL = GemmF32Avx2()
