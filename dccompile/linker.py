@@ -19,17 +19,18 @@ def find() -> list[str] | None:
     """The command, up to the file names, that links a shared library; None if there is none.
 
     A compiler driver named by CC comes first, then those on PATH, then bare linkers, then the
-    one inside the ``ziglang`` package.
+    one inside the ``ziglang`` package. No C library is linked in: the library then takes memcpy
+    and the like from whatever process loads it, not from versions of the build machine's libc.
     """
     named = os.environ.get("CC")
     for driver in ([named] if named else []) + list(_DRIVERS):
         if path := shutil.which(driver):
-            return [path, "-shared", "-Wl,--build-id=none"]
+            return [path, "-shared", "-nostdlib", "-Wl,--build-id=none"]
     for linker in _LINKERS:
         if path := shutil.which(linker):
             return [path, "-shared", "--build-id=none"]
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", "-shared"]
+        return [sys.executable, "-m", "ziglang", "cc", "-shared", "-nostdlib"]
     return None
 
 

@@ -143,7 +143,7 @@ def _cgroup_quota() -> int | None:
         pass
     try:
         base = Path("/sys/fs/cgroup/cpu")
-        limit = int((base / "cpu.cfs_quota_us").read_text())
-        return None if limit <= 0 else max(1, limit // int((base / "cpu.cfs_period_us").read_text()))
+        quota, window = (int((base / f"cpu.cfs_{n}_us").read_text()) for n in ("quota", "period"))
+        return None if quota <= 0 else max(1, quota // window)
     except (OSError, ValueError):
         return None
