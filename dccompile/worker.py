@@ -66,7 +66,10 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compiles as the job says; writes libraries and params, returns the manifest."""
     say("import")
     sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi would import it, 2 s
-    from . import artifact, pipeline
+    from .frontend import sandbox
+
+    sandbox.start()  # while TVM is imported
+    from . import artifact, pipeline, threadpool
     from .machine import TARGETS
 
     say("read")
@@ -79,12 +82,12 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         lowered.append(pipeline.lower(front, TARGETS[name], constants))
     say("generate", targets=len(lowered))
     (folder / "lib").mkdir()
+    (folder / artifact.RUNTIME).parent.mkdir()
     libraries = [folder / "lib" / f"{low.machine.name}.so" for low in lowered]
     _generate_all(lowered, libraries)
     say("write")
-    offsets = artifact.write_params(folder / "params.safetensors", constants.arrays)
-    if offsets != sorted(constants.offsets.values()):
-        raise AssertionError("params were laid out otherwise than planned")
+    constants.write(folder / "params.safetensors")
+    threadpool.build(folder / artifact.RUNTIME)
     return _manifest(job, front, lowered)
 
 
@@ -145,7 +148,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             }
         )
     chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
-    nodes = [{**n, "kernel": chosen.get(n.get("site", ""))} for n in front.recovered.nodes]
+    nodes = [{**n, "kernel": chosen.get(n["site"])} for n in front.recovered.nodes]
     return {
         "format": 1,
         "producer": f"dccompile {__version__}",
