@@ -289,7 +289,10 @@ def _plan(program: Program, limits: dict[Any, int | None]) -> None:
             block.size = _at(block.size, limits, 1)
         program.workspace = _first_fit(blocks)
         program.peak = max(
-            (sum(b.size for b in blocks if b.first <= i <= b.last) for i in range(len(program.steps))),
+            (
+                sum(b.size for b in blocks if b.first <= i <= b.last)
+                for i in range(len(program.steps))
+            ),
             default=0,
         )
     else:
@@ -398,5 +401,7 @@ def _plan_function(program: Program) -> tirx.PrimFunc:
         for i, symbol in enumerate(program.symbols):
             T.Bind(symbols[i], var=symbol)
         for i, expr in enumerate(results):
-            T.buffer_store(result, tirx.const(expr, "int64") if isinstance(expr, int) else expr, [i])
+            T.buffer_store(
+                result, tirx.const(expr, "int64") if isinstance(expr, int) else expr, [i]
+            )
     return builder.get()

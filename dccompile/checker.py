@@ -53,5 +53,5 @@ def check(
                 kernels.setdefault(placed.site.name, placed.choice.kernel.name)
     except (ModelError, UnsupportedError) as error:
         return Report(problems=list(error.problems))
-    nodes = [{**n, "kernel": kernels.get(n.get("site", ""))} for n in front.recovered.nodes]
+    nodes = [{**n, "kernel": kernels.get(n["site"])} for n in front.recovered.nodes]
     return Report(nodes=nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,8 +19,6 @@ from .errors import Error, Problem, UsageError
 from .machine import resolve
 
 if TYPE_CHECKING:
-    import onnx
-
     from .runtime import Module
 
 Model = "str | os.PathLike[str] | bytes | onnx.ModelProto"
@@ -41,9 +40,9 @@ class CompiledArtifact:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the artifact; the file appears whole or not at all. Returns its path."""
         root = Path(self._folder.name)
-        names = [v["library"] for v in self.manifest["variants"]] + ["params.safetensors"]
+        names = [v["library"] for v in self.manifest["variants"]]
+        names += ["params.safetensors", artifact.RUNTIME]
         entries: dict[str, Any] = {name: root / name for name in names}
-        entries["runtime/libtvm_runtime.so"] = _runtime_library()
         target = Path(path)
         artifact.write(target, self.manifest, entries)
         return target
@@ -82,6 +81,11 @@ def compile(
         raise UsageError(
             f"precision '{precision}': allowed are {', '.join(PRECISIONS)}. Fix: name one of these",
             "DC2010",
+        )
+    if importlib.util.find_spec("tvm") is None:
+        raise Error(
+            "compile: the compiler is not installed. Fix: pip install 'dccompile[compile]'",
+            "DC1012",
         )
     names = [targets] if isinstance(targets, str) else list(targets)
     machines = list(dict.fromkeys(resolve(t).name for t in names))
@@ -183,7 +187,10 @@ def _run(
     died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     reason = f"{died}{': ' + tail[-1] if tail else ''}"
     text = f"the compiler ended in step '{step}' ({reason}). Fix: report the model that does this"
-    return {"error": {"class": "Error", "code": "DC1002", "text": text}, "traceback": "\n".join(tail)}
+    return {
+        "error": {"class": "Error", "code": "DC1002", "text": text},
+        "traceback": "\n".join(tail),
+    }
 
 
 class _Deadline:
@@ -224,15 +231,3 @@ def revive(described: dict[str, Any], trace: str | None = None) -> Error:
     if trace:
         error.__cause__ = RuntimeError(trace)
     return error
-
-
-def _runtime_library() -> Path:
-    """TVM's runtime library, which every artifact carries."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("tvm")
-    if spec is None or spec.origin is None:
-        raise Error(
-            "compile: the compiler is not installed. Fix: pip install 'dccompile[compile]'", "DC1012"
-        )
-    return Path(spec.origin).parent / "lib" / "libtvm_runtime.so"

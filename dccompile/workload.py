@@ -16,6 +16,7 @@ NUMPY = {
     "u8": "uint8",
     "s8": "int8",
     "s32": "int32",
+    "s64": "int64",
     "f32": "float32",
     "f16": "float16",
 }
@@ -116,3 +117,85 @@ def accumulator_bound(weights: GemmWeights, a: str) -> np.ndarray:
     if weights.bias is not None and weights.bias.dtype == np.int32:
         bound = bound + np.abs(weights.bias.astype(np.float64))
     return bound
+
+
+@dataclass(frozen=True)
+class EmbeddingBag:
+    """out[b, t, :] = reduce_i weight[b, t, i] * row(t, index[b, t, i]), f32, for every bag b.
+
+    `rows` has one entry per table t; all tables of a site have the same width and storage and
+    are served by one launch. A row of storage u8 or u4 is its codes, then its scale and bias:
+    value = f32(code) * scale + bias, each f32 or f16 as `scale` says; u4 packs two codes a byte,
+    the lower nibble first, and rounds odd widths up. An empty bag is 0, 'mean' divides the sum by
+    the number of terms. Terms are added in order, in f32, every operation rounding once:
+
+    - f32, f16: y = y + x, or fma(x, weight, y)
+    - u8, u4:   y = fma(f32(code), scale, y) and z = z + bias, with weights
+                y = fma(f32(code), scale * weight, y) and z = fma(bias, weight, z); then y + z
+
+    Bags: with `layout` 'fixed' index is (bags, tables, pooling); with 'offsets' and 'lengths'
+    there is one table, index is (terms,) and a second tensor (bags,), of the same dtype, says where
+    each bag begins or how long it is; 'offsets+1' has (bags + 1,), the end of the last bag too.
+    Terms whose index is `padding` are skipped and not counted. Any other index must be one of
+    0 .. rows-1, or, with `negative`, one of -rows .. rows-1, those below 0 counting from the end.
+    """
+
+    rows: tuple[int, ...]
+    dim: int
+    storage: str = "f32"  # f32 | f16 | u8 | u4
+    scale: str = "f32"  # f32 | f16: of the scale and bias in a row of codes
+    mode: str = "sum"  # sum | mean
+    layout: str = "fixed"  # fixed | offsets | offsets+1 | lengths
+    bags: int | None = None  # None: known when called
+    pooling: int | None = None  # with layout 'fixed': terms per bag
+    index: str = "s64"  # s32 | s64
+    weighted: bool = False
+    padding: int | None = None
+    negative: bool = False
+
+    op = "embedding_bag"
+
+    @property
+    def tables(self) -> int:
+        return len(self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one row of a table to the next."""
+        half = 4 if self.scale == "f16" else 8
+        return {
+            "f32": 4 * self.dim,
+            "f16": 2 * self.dim,
+            "u8": self.dim + half,
+            "u4": (self.dim + 1) // 2 + half,
+        }[self.storage]
+
+    @property
+    def dtypes(self) -> str:
+        return f"{self.storage}f32"
+
+    def describe(self) -> str:
+        tables = f"{self.tables} x " if self.tables > 1 else ""
+        return (
+            f"embedding_bag {self.storage} {tables}{max(self.rows)}x{self.dim}, "
+            f"{self.layout} bags, {self.mode}{' weighted' if self.weighted else ''}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"op": self.op, **asdict(self)}
+
+
+@dataclass
+class EmbeddingTables:
+    """The constant operands of an EmbeddingBag.
+
+    Every table is (rows, row_bytes) uint8 rows of codes, scale and bias, or (rows, dim) f32 or
+    f16. `names` are those that errors call the tables by; by default their numbers.
+    """
+
+    tables: list[np.ndarray]
+    names: tuple[str, ...] = ()
+
+    def name(self, table: int) -> str:
+        return self.names[table] if self.names else str(table)
+

@@ -18,7 +18,7 @@ from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from .. import registry
-from ..errors import Problem, UnsupportedError
+from ..errors import Error, Problem, UnsupportedError
 from ..machine import Machine
 from . import operators
 from .recover import GemmSite
@@ -63,7 +63,7 @@ class _Importer(onnx_frontend.ONNXGraphImporter):
             convert = self.table[op_name].get_converter(opset)
             value = convert(self.bb, inputs, attrs, [self._nodes, self._params])
             return self.bb.normalize(value) if isinstance(value, relax.Expr) else value
-        except UnsupportedError:
+        except Error:
             raise
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
