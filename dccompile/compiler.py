@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Model = "str | os.PathLike[str] | bytes | onnx.ModelProto"
 PRECISIONS = ("keep", "fp16-weights")
+EMBEDDINGS = ("keep", "fp16", "int8", "int4")
 DEFAULT_TARGETS = ("host", "x86-64-v3")
 
 
@@ -64,6 +65,7 @@ def compile(
     targets: str | Sequence[str] = DEFAULT_TARGETS,
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str = "keep",
+    embedding: str = "keep",
     name: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     timeout: float = 3600.0,
@@ -72,7 +74,8 @@ def compile(
 
     `targets` lists variants, the best one that a machine can run is used there. `shapes` fixes
     dims or gives them a range: ``{"x": ("1..64", 13)}``. `precision` 'fp16-weights' stores the
-    weights of float matrix multiplications in fp16 and computes in f32.
+    weights of float matrix multiplications in fp16 and computes in f32. `embedding` is how the rows
+    of embedding tables are stored: fp16, or int8 or int4 codes with a scale and bias for every row.
 
     Raises ModelError or UnsupportedError with every problem of the model, UsageError for a wrong
     argument, Error where the compiler itself fails.
@@ -80,6 +83,11 @@ def compile(
     if precision not in PRECISIONS:
         raise UsageError(
             f"precision '{precision}': allowed are {', '.join(PRECISIONS)}. Fix: name one of these",
+            "DC2010",
+        )
+    if embedding not in EMBEDDINGS:
+        raise UsageError(
+            f"embedding '{embedding}': allowed are {', '.join(EMBEDDINGS)}. Fix: name one of these",
             "DC2010",
         )
     if importlib.util.find_spec("tvm") is None:
@@ -95,6 +103,7 @@ def compile(
         "targets": machines,
         "shapes": {k: list(v) for k, v in shapes.items()} if shapes else None,
         "precision": precision,
+        "embedding": embedding,
     }
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="dccompile-")
     size = _put_model(model, job, Path(folder.name))
@@ -158,6 +167,7 @@ def _run(
             stdout=subprocess.PIPE,
             stderr=stderr,
             start_new_session=True,
+            cwd=folder,  # not the caller's, which -m would import from
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
     step = "start"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import tvm
 
 from . import aot, legalize, linker, params
 from .errors import UnsupportedError
 from .frontend import convert, gate, operators, recover
 from .machine import Machine
+from .streams import Stream
 
 
 @dataclass
@@ -44,16 +44,19 @@ class Lowered:
 class Constants:
     """The params of an artifact: every distinct constant of every variant, once."""
 
-    arrays: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    arrays: list[tuple[str, np.ndarray | Stream]] = field(default_factory=list)
     offsets: dict[bytes, int] = field(default_factory=dict)
     size: int = 0
 
-    def place(self, array: np.ndarray) -> int:
+    def place(self, array: np.ndarray | Stream) -> int:
         """Byte offset of the constant in params, a multiple of 64."""
-        array = np.ascontiguousarray(array)
-        digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
-        key = digest.digest()
+        if isinstance(array, Stream):
+            key = array.key
+        else:
+            array = np.ascontiguousarray(array)
+            digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
+            key = digest.digest()
         if key not in self.offsets:
             self.offsets[key] = self.size
             self.arrays.append((f"c{len(self.arrays)}", array))
@@ -71,32 +74,31 @@ class Constants:
                 file.write(chunk)
 
 
-def front(model: str | bytes, shapes: dict[str, Any] | None, precision: str) -> Front:
+def front(
+    model: str | bytes, shapes: dict[str, Any] | None, precision: str, embedding: str = "keep"
+) -> Front:
     """Reads, validates and recovers. Raises ModelError or UnsupportedError listing every problem."""
     graph = gate.read(model, shapes)
-    problems = unsupported(graph.model)
+    recovered = recover.recover(graph.model, graph.constants, precision, embedding)
+    problems = [*gate.unknown_operators(graph.model), *operators.hazards(recovered.model)]
     if problems:
         raise UnsupportedError(problems)
-    return Front(graph, recover.recover(graph.model, graph.constants, precision))
-
-
-def unsupported(model: onnx.ModelProto) -> list[Any]:
-    """Every node that cannot be compiled, with the reason."""
-    return [*gate.unknown_operators(model), *operators.hazards(model)]
+    return Front(graph, recovered)
 
 
 def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     """Everything up to code generation for one machine; adds its constants."""
-    mod, placed = convert.to_relax(front.recovered.model, front.recovered.gemms, machine)
-    mod, report = legalize.fuse_report(mod, machine)
+    imported = convert.to_relax(front.recovered, machine)
+    mod, report = legalize.fuse_report(imported.mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
-    mod, program = aot.lower(mod, bounds, constants.place)
-    return Lowered(machine, mod, program, placed, report.left)
+    mod, program = aot.lower(mod, bounds, constants.place, imported.streams)
+    return Lowered(machine, mod, program, imported.placed, report.left)
 
 
 def generate(lowered: Lowered, library: Path) -> None:
     """Writes the shared library of a variant."""
-    built = tvm.tirx.build(lowered.mod, legalize.target_of(lowered.machine))
+    with tvm.transform.PassContext(config=legalize.BUILD_CONFIG):
+        built = tvm.tirx.build(lowered.mod, legalize.target_of(lowered.machine))
     objects = library.with_suffix(".o")
     built.write_to_file(str(objects))
     linker.link([objects], library)

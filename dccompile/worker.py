@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import traceback
@@ -74,7 +75,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     say("read")
     model = job.get("path") or (folder / "model.onnx").read_bytes()
-    front = pipeline.front(model, job["shapes"], job["precision"])
+    front = pipeline.front(model, job["shapes"], job["precision"], job["embedding"])
     constants = pipeline.Constants()
     lowered = []
     for name in job["targets"]:
@@ -154,7 +155,10 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
         "producer": f"dccompile {__version__}",
         "name": job["name"],
         "inputs": [_spec(t) for t in graph.inputs],
-        "outputs": [_spec(t) for t in graph.outputs],
+        "outputs": [
+            {"name": value.name, "dtype": t.dtype, "shape": [_dim(d) for d in t.shape]}
+            for value, t in zip(graph.outputs, lowered[0].program.outputs, strict=True)
+        ],
         "symbols": [
             {"name": v.name, "min": graph.symbols[v.name][0], "max": graph.symbols[v.name][1]}
             for v in lowered[0].program.symbols
@@ -164,6 +168,13 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
         "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
         "runtime": {"tvm_ffi": tvm_ffi.__version__},
     }
+
+
+def _dim(dim: Any) -> int | str:
+    """A dim for people: ``N*4`` where it follows from a symbol."""
+    if isinstance(dim, int):
+        return dim
+    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(dim)).replace(" * ", "*")
 
 
 def _spec(tensor: Any) -> dict[str, Any]:

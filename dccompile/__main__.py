@@ -1,0 +1,5 @@
+"""``python -m dccompile``."""
+
+from .cli import entry
+
+entry()

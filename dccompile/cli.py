@@ -1,0 +1,197 @@
+"""The command line: options, exit codes and how errors look. The verbs themselves: `verbs`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import Error, UsageError
+
+EXIT_INTERNAL, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
+
+_MODEL = "an .onnx file, a .dcm artifact, or the name of a reference model"
+_EPILOG = """exit codes: 0 ok, 1 internal error, 2 usage, 3 model invalid or unsupported,
+4 artifact and machine do not fit, 5 accuracy gate failed, 6 performance gate failed,
+7 stopped early with a partial result saved"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors look like all others, and prefixes of options are not accepted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        line = f"error DC2000: {message.replace(chr(10), ' ')}. Fix: see '{self.prog} --help'"
+        print(line, file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def parser() -> _Parser:
+    top = _Parser(
+        prog="dccompile",
+        description="Compiles ONNX models into one fast file that Python loads.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"dccompile {__version__}")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "-v", "--verbose", action="count", default=0, help="-vv: tracebacks of errors"
+    )
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    machine = _Parser(add_help=False)
+    machine.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    compiling = _Parser(add_help=False)
+    compiling.add_argument(
+        "--target", action="append", metavar="T", help="host, x86-64-v3, x86-64-v4, x86-64-v4-vnni"
+    )
+    compiling.add_argument(
+        "--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224 or x:1..64x13"
+    )
+    compiling.add_argument("--precision", default="keep", choices=["keep", "fp16-weights"])
+    seeded = _Parser(add_help=False)
+    seeded.add_argument("--seed", type=int, default=0, help="of a reference model's weights (0)")
+
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    add = verbs.add_parser("models", parents=[common, machine], help="list the reference models")
+    inner = add.add_subparsers(dest="action", metavar="ACTION")
+    add = inner.add_parser("export", parents=[common, seeded], help="write one as ONNX")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("-o", "--output", metavar="F.onnx", help="(NAME.onnx)")
+
+    add = verbs.add_parser(
+        "check",
+        parents=[common, machine, compiling, seeded],
+        help="can it compile, what runs in which precision and why; all problems at once",
+    )
+    add.add_argument("model", metavar="MODEL", help=_MODEL)
+
+    add = verbs.add_parser(
+        "compile", parents=[common, machine, compiling, seeded], help="make one .dcm file"
+    )
+    add.add_argument("model", metavar="MODEL", help=_MODEL)
+    add.add_argument("-o", "--output", metavar="F.dcm", help="(the model's name, here)")
+    add.add_argument("--explain", action="store_true", help="every node and kernel, and why")
+
+    add = verbs.add_parser(
+        "run", parents=[common, machine, compiling, seeded], help="one call, saves outputs"
+    )
+    add.add_argument("model", metavar="MODEL", help=_MODEL)
+    add.add_argument(
+        "--input", action="append", default=[], metavar="X=V", help="@F.npy or random:SEED"
+    )
+    add.add_argument("--batch", type=int, default=1, metavar="N", help="open dims of random inputs")
+    add.add_argument("--output", metavar="DIR", help="save every output as NAME.npy")
+    add.add_argument(
+        "--expect", action="append", default=[], metavar="Y=@F.npy", help="exit 5 unless close"
+    )
+    add.add_argument("--rtol", type=float, default=1e-4, help="(1e-4)")
+    add.add_argument("--atol", type=float, default=1e-6, help="(1e-6)")
+    add.add_argument("--threads", type=int, metavar="N")
+
+    add = verbs.add_parser(
+        "bench",
+        parents=[common, machine, compiling, seeded],
+        help="latency and throughput, in turns with other runtimes",
+    )
+    add.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL)
+    what = add.add_mutually_exclusive_group()
+    what.add_argument(
+        "--kernels", nargs="?", const="", metavar="GLOB", help="kernels over the deployed shapes"
+    )
+    what.add_argument("--overhead", action="store_true", help="what a call of a tiny model costs")
+    add.add_argument("--against", metavar="PEERS", help="onnxruntime,openvino,torch,tvm")
+    add.add_argument("--threads", action="append", metavar="N[,N]", help="(1)")
+    add.add_argument("--batch", action="append", metavar="N[,N]", help="open dims (1)")
+    add.add_argument("--input", action="append", default=[], metavar="X=V")
+    add.add_argument("--duration", metavar="TIME", help="(3s; --kernels: 1s a shape)")
+    add.add_argument("--warmup", default="200ms", metavar="TIME", help="(200ms)")
+    add.add_argument(
+        "--fail-below", type=float, metavar="R", help="exit 6 below R times the best peer"
+    )
+
+    add = verbs.add_parser(
+        "inspect", parents=[common, machine], help="what is in an artifact; runs none of it"
+    )
+    add.add_argument("model", metavar="F.dcm")
+    add.add_argument("--asm", metavar="KERNEL", help="disassemble a kernel")
+    add.add_argument("--target", metavar="T", help="the variant to disassemble (the first)")
+
+    verbs.add_parser(
+        "doctor", parents=[common, machine], help="machine, ISA, threads, versions, peers found"
+    )
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    try:
+        options = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help, version or an error
+        return int(stop.code or 0)
+    try:
+        from . import verbs
+
+        code = verbs.VERBS[options.verb](options)
+        sys.stdout.flush()
+        return code
+    except Error as error:
+        _show(error.lines(), options.verbose)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read the output has left; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            return _internal(error, options.verbose)
+        fix = f"pip install 'dccompile[{_EXTRAS[missing]}]'"
+        text = f"'{options.verb}' needs the package {missing}. Fix: {fix}"
+        _show([f"error {UsageError.code}: {text}"], options.verbose)
+        return EXIT_USAGE
+    except Exception as error:
+        return _internal(error, options.verbose)
+
+
+_EXTRAS = {"tvm": "compile", "onnx": "compile", "ml_dtypes": "compile"}
+
+
+def _internal(error: Exception, verbose: int) -> int:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    _show([f"error DC1000: {text}. Fix: report this, with what -vv shows"], verbose)
+    return EXIT_INTERNAL
+
+
+def _show(lines: list[str], verbose: int) -> None:
+    """Error lines on stderr, below the traceback with -vv; called while the error is handled."""
+    if verbose > 1:
+        traceback.print_exc()
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def entry() -> NoReturn:
+    """The installed command: as `main`, and SIGTERM unwinds so that nothing half-done stays."""
+    signal.signal(signal.SIGTERM, _terminated)
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    entry()

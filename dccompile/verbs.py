@@ -1,0 +1,317 @@
+"""What each verb of the command line does. Results on stdout, the rest through `Progress`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import sources
+from .console import Progress, document, out, table
+from .environment import environment
+from .errors import Error, UsageError
+
+Options = argparse.Namespace
+
+
+def models(options: Options) -> int:
+    from . import models as zoo
+
+    if options.action == "export":
+        path = Path(options.output or f"{options.name}.onnx")
+        names = [name for name, _ in zoo.names()]
+        if options.name not in names:
+            raise UsageError(
+                f"models export '{options.name}': no such reference model. "
+                f"Fix: name one of {', '.join(names)}"
+            )
+        with Progress(options.quiet) as progress:
+            progress.step(f"make the weights of {options.name} from seed {options.seed}")
+            data = zoo.export(options.name, options.seed).SerializeToString()
+        _write(path, data)
+        out(f"{path}  {_size(len(data))}")
+        return 0
+    rows = zoo.names()
+    if options.json:
+        listed = [{"name": name, "description": text} for name, text in rows]
+        document("models", {"environment": environment(), "models": listed})
+    else:
+        table(["model", "what it is"], rows)
+    return 0
+
+
+def check(options: Options) -> int:
+    from .checker import check as run
+
+    source = sources.resolve(options.model, options.seed)
+    with Progress(options.quiet) as progress:
+        progress.step(f"check {source.name}")
+        report = run(
+            source.compilable(),
+            targets=options.target or ["host"],
+            shapes=sources.parse_shapes(options.shape),
+            precision=options.precision,
+        )
+    problems = [
+        {"code": p.code, "where": p.where, "found": p.found, "fix": p.fix} for p in report.problems
+    ]
+    if options.json:
+        body = {"model": source.name, "ok": report.ok, "problems": problems, "nodes": report.nodes}
+        document("check", {"environment": environment(), **body})
+    elif report.ok:
+        _node_table(report.nodes)
+        out()
+        _precision_lines(report.nodes)
+        out(f"{source.name} can be compiled")
+    else:
+        for problem in report.problems:
+            out(f"error {problem.code}: {problem}")
+    return 0 if report.ok else 3
+
+
+def compile_(options: Options) -> int:
+    from .compiler import DEFAULT_TARGETS, compile
+
+    source = sources.resolve(options.model, options.seed)
+    path = Path(options.output or f"{source.name}.dcm")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"-o '{path}': there is no folder '{path.parent}'. Fix: create it or name another"
+        )
+    with Progress(options.quiet) as progress:
+        made = compile(
+            source.compilable(),
+            targets=options.target or list(DEFAULT_TARGETS),
+            shapes=sources.parse_shapes(options.shape),
+            precision=options.precision,
+            name=source.name,
+            progress=lambda event: progress.step(_step(event)),
+        )
+        progress.step(f"write {path}")
+        made.save(path)
+    manifest = made.manifest
+    size = path.stat().st_size
+    if options.json:
+        body = {"output": str(path), "bytes": size, "seconds": round(made.seconds, 2)}
+        document("compile", {"environment": environment(), **body, "manifest": manifest})
+    elif not options.quiet:
+        if options.explain:
+            _node_table(manifest["nodes"])
+            out()
+            _kernel_table(manifest)
+            out()
+        _precision_lines(manifest["nodes"])
+        _kernel_lines(manifest)
+        variants = ", ".join(v["target"] for v in manifest["variants"])
+        out(f"variants: {variants}")
+        out(f"{path}: {_size(size)} in {made.seconds:.1f} s")
+    return 0
+
+
+def run(options: Options) -> int:
+    source = sources.resolve(options.model, options.seed)
+    with tempfile.TemporaryDirectory(prefix="dccompile-") as folder, Progress(options.quiet) as p:
+        path = _artifact(source, options, Path(folder), p)
+        from .runtime import load
+
+        module = load(path, threads=options.threads)
+        feeds = sources.make_inputs(module.inputs, options.input, options.batch)
+        values = module.run(None, feeds)
+    outputs = {spec.name: value for spec, value in zip(module.outputs, values, strict=True)}
+    saved = sources.save_arrays(options.output, outputs) if options.output else []
+    wrong = sources.check_expected(outputs, options.expect, options.rtol, options.atol)
+    rows = []
+    for name, value in outputs.items():
+        stats = (float(value.min()), float(value.max()), float(value.mean())) if value.size else ()
+        rows.append((name, str(value.dtype), list(value.shape), *(stats or (None,) * 3)))
+    keys = ("name", "dtype", "shape", "min", "max", "mean")
+    if options.json:
+        body = {
+            "model": source.name,
+            "outputs": [dict(zip(keys, row, strict=True)) for row in rows],
+            "saved": [str(path) for path in saved],
+            "mismatches": wrong,
+        }
+        document("run", {"environment": environment(options.threads), **body})
+    else:
+        table(("output", *keys[1:]), [(*r[:2], "x".join(map(str, r[2])), *r[3:]) for r in rows])
+        for file in saved:
+            out(str(file))
+    if wrong:
+        tolerance = f"rtol {options.rtol:g}, atol {options.atol:g}"
+        raise Error(f"{'; '.join(wrong)} ({tolerance}). Fix: compare the layers before", "DC5000")
+    return 0
+
+
+def bench(options: Options) -> int:
+    from .bench_verb import bench as run_bench
+
+    return run_bench(options)
+
+
+def inspect(options: Options) -> int:
+    from . import artifact
+
+    path = Path(options.model)
+    if not path.is_file():
+        raise UsageError(f"'{path}': no such file. Fix: give a .dcm artifact")
+    with artifact.read(path) as found:
+        found.verify()
+        manifest = found.manifest
+        if options.asm:
+            from .disassemble import disassemble
+
+            for line in disassemble(found, options.asm, options.target):
+                out(line)
+            return 0
+    if options.json:
+        body = {"file": str(path), "bytes": path.stat().st_size, "manifest": manifest}
+        document("inspect", {"environment": environment(), **body})
+        return 0
+    producer = manifest.get("producer", "unknown producer")
+    out(f"{manifest.get('name', path.stem)}: format {manifest['format']}, {producer}")
+    out()
+    rows = [
+        (what[:-1], t["name"], t["dtype"], "x".join(map(str, t["shape"])))
+        for what in ("inputs", "outputs")
+        for t in manifest[what]
+    ]
+    table(("", "name", "dtype", "shape"), rows)
+    out()
+    _kernel_table(manifest)
+    out()
+    _precision_lines(manifest.get("nodes", []))
+    out()
+    entries = manifest["entries"].items()
+    table(("entry", "bytes", "sha256"), [(n, e["size"], e["sha256"]) for n, e in entries])
+    return 0
+
+
+def doctor(options: Options) -> int:
+    from . import linker
+    from .environment import thread_source
+    from .machine import TARGETS, missing_features
+    from .peers import PEERS
+
+    info = environment()
+    targets = {name: missing_features(m.features) for name, m in TARGETS.items()}
+    peers = {n: {"version": p.version, "reason": p.available()} for n, p in PEERS.items()}
+    command = linker.find()
+    if options.json:
+        body = {
+            "targets": {n: {"runs": not lacks, "lacks": lacks} for n, lacks in targets.items()},
+            "threads_from": thread_source(),
+            "peers": peers,
+            "linker": command,
+        }
+        document("doctor", {"environment": info, **body})
+        return 0
+    rows = [
+        ("cpu", info["cpu"]),
+        ("best target", info["isa"] or "none"),
+        *((f"target {n}", f"lacks {', '.join(x)}" if x else "runs") for n, x in targets.items()),
+        ("cores", str(info["cores"])),
+        ("threads", f"{info['threads']} ({thread_source()})"),
+        *((name, version or "not installed") for name, version in info["versions"].items()),
+        *((f"peer {n}", p["reason"] or f"found, {p['version']}") for n, p in peers.items()),
+        ("linker", " ".join(command) if command else "none found (pip install ziglang)"),
+    ]
+    table(("", "found"), rows)
+    return 0
+
+
+VERBS: dict[str, Callable[[Options], int]] = {
+    "models": models,
+    "check": check,
+    "compile": compile_,
+    "run": run,
+    "bench": bench,
+    "inspect": inspect,
+    "doctor": doctor,
+}
+
+
+def _artifact(source: sources.Source, options: Options, folder: Path, progress: Progress) -> Path:
+    """The artifact itself, or one compiled for this host alone."""
+    if source.path is not None and source.kind == "dcm":
+        return source.path
+    from .compiler import compile
+
+    made = compile(
+        source.compilable(),
+        targets=options.target or ["host"],
+        shapes=sources.parse_shapes(options.shape),
+        precision=options.precision,
+        name=source.name,
+        progress=lambda event: progress.step(_step(event)),
+    )
+    return made.save(folder / "model.dcm")
+
+
+def _step(event: dict[str, Any]) -> str:
+    """A progress event of the compiler as a line."""
+    target = f" for {event['target']}" if event.get("target") else ""
+    return f"compile: {event.get('step', '')}{target}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"-o '{path}': {error.strerror or error}. Fix: name a file that can be written"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _node_table(nodes: list[dict[str, Any]]) -> None:
+    keys = ("name", "op", "precision", "kernel", "reason")
+    table(("node", *keys[1:]), [tuple(node.get(k) or "-" for k in keys) for node in nodes])
+
+
+def _precision_lines(nodes: list[dict[str, Any]]) -> None:
+    """How many nodes run in which precision, and which were left in float and why."""
+    counts = Counter(str(node["precision"]) for node in nodes)
+    out("nodes: " + ", ".join(f"{n} {precision}" for precision, n in counts.most_common()))
+    reasons: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.get("reason") and node["precision"].startswith("f"):
+            reasons.setdefault(node["reason"], []).append(f"{node['op']} '{node['name']}'")
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        out(f"left in float: {', '.join(names[:4])}{more}: {reason}")
+
+
+def _kernel_table(manifest: dict[str, Any]) -> None:
+    rows = []
+    for variant in manifest["variants"]:
+        for kernel in variant.get("kernels", []):
+            work = kernel["workload"]
+            shape = "x".join(str(work.get(d) or "?") for d in ("m", "n", "k"))
+            params = ", ".join(f"{k}={v}" for k, v in kernel["params"].items())
+            name, source = kernel["name"], kernel["source"]
+            rows.append((variant["target"], kernel["node"], shape, name, params, source))
+    table(("variant", "node", "shape", "kernel", "params", "from"), rows)
+
+
+def _kernel_lines(manifest: dict[str, Any]) -> None:
+    for variant in manifest["variants"]:
+        names = Counter(k["name"] for k in variant["kernels"])
+        tuned = sum(k["source"] != "default" for k in variant["kernels"])
+        listed = ", ".join(f"{count} {name}" for name, count in names.items()) or "generic ones"
+        counts = f"{tuned} tuned, {sum(names.values()) - tuned} default"
+        out(f"kernels for {variant['target']}: {listed} ({counts})")
+        for name, why in (variant.get("unscheduled") or {}).items():
+            out(f"not scheduled: {name}: {why}")
