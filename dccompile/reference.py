@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
+from .workload import INT8_LIMITS, NUMPY, EmbeddingBag, EmbeddingTables, Gemm, GemmWeights
 
 
 def gemm(
@@ -110,3 +110,74 @@ def activate(workload: Gemm, y: np.ndarray) -> np.ndarray:
         if workload.activation == "tanh":
             return np.tanh(y.astype(np.float64)).astype(np.float32)
     return y
+
+
+def embedding_bag(
+    workload: EmbeddingBag,
+    tables: EmbeddingTables,
+    index: np.ndarray,
+    cuts: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
+) -> np.ndarray:
+    """out (bags, tables, dim) f32, bit by bit as the docstring of `EmbeddingBag` defines it.
+
+    `cuts` are the offsets or lengths of a layout other than 'fixed', `weight` has the shape of
+    `index`. Every index must be allowed.
+    """
+    bags, terms = _bags(workload, index.shape, cuts)
+    out = np.zeros((len(bags), workload.tables, workload.dim), np.float32)
+    flat = index.reshape(-1)
+    factor = None if weight is None else weight.reshape(-1)
+    coded = workload.storage in ("u8", "u4")
+    for t, table in enumerate(tables.tables):
+        first, last = bags[:, t], bags[:, t] + terms
+        y, z = out[:, t], np.zeros((len(bags), 1), np.float32)
+        count = np.zeros((len(bags), 1), np.int64)
+        for step in range(int(terms.max(initial=0))):
+            here = first + step < last
+            here[here] &= flat[(first + step)[here]] != workload.padding
+            at = (first + step)[here]
+            value, scale, bias = _rows(
+                workload, table[flat[at]]
+            )  # negative ones count from the end
+            w = None if factor is None else factor[at, None]
+            if coded:
+                y[here] = fma(value, scale if w is None else scale * w, y[here])
+                z[here] = z[here] + bias if w is None else fma(bias, w, z[here])
+            else:
+                y[here] = y[here] + value if w is None else fma(value, w, y[here])
+            count[here] += 1
+        if coded:
+            y += z
+        if workload.mode == "mean":
+            y /= np.maximum(count, 1).astype(np.float32)
+    return out
+
+
+def _bags(
+    workload: EmbeddingBag, shape: tuple[int, ...], cuts: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """First terms (bags, tables) in the flat index, and the number of terms (bags,)."""
+    if workload.layout == "fixed":
+        first = np.arange(shape[0] * shape[1]).reshape(shape[:2]) * shape[2]
+        return first, np.full(shape[0], shape[2])
+    assert cuts is not None
+    cuts = cuts.astype(np.int64)
+    if workload.layout == "lengths":
+        return (np.cumsum(cuts) - cuts)[:, None], cuts
+    if workload.layout == "offsets":
+        cuts = np.append(cuts, shape[0])
+    return cuts[:-1, None], np.diff(cuts)
+
+
+def _rows(workload: EmbeddingBag, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values or codes (n, dim), scales and biases (n, 1) of rows as stored, all f32."""
+    if workload.storage in ("f32", "f16"):
+        none = np.zeros((len(rows), 1), np.float32)
+        return rows.astype(np.float32), none, none
+    width = (workload.dim + 1) // 2 if workload.storage == "u4" else workload.dim
+    codes = rows[:, :width]
+    if workload.storage == "u4":
+        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(rows), -1)
+    parts = np.ascontiguousarray(rows[:, width:]).view(NUMPY[workload.scale]).astype(np.float32)
+    return codes[:, : workload.dim].astype(np.float32), parts[:, :1], parts[:, 1:]

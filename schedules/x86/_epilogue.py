@@ -11,7 +11,7 @@ from typing import Any
 
 from ...workload import Gemm
 from . import _math
-from ._ir import T, bits, intrinsic, masked_store, ramp, splat, tirx
+from ._ir import T, bits, intrinsic, local, masked_store, ramp, splat, tirx
 
 _PACKS = {  # lanes: s32 -> s16, s16 -> u8, s16 -> s8, all saturating within 128-bit lanes
     16: (
@@ -26,8 +26,7 @@ _PACKS = {  # lanes: s32 -> s16, s16 -> u8, s16 -> s8, all saturating within 128
 class Epilogue:
     """The end of a tile of `rows` x `vectors` registers of `lanes` columns each.
 
-    `constants(name, vector)` gives one register of a packed per-column row, `byte_masks` tells
-    whether stores of single bytes can be masked (AVX-512) or must be split.
+    `byte_masks` tells whether stores of bytes can be masked (AVX-512) or must be split.
     """
 
     def __init__(self, workload: Gemm, lanes: int, byte_masks: bool, c: Any) -> None:
@@ -45,9 +44,14 @@ class Epilogue:
             [self._scaled(r, j, scale, bias) for j, r in enumerate(vectors)]
             for vectors in registers
         ]
-        if out != "f32":
+        if out == "f32":
+            self.store_floats(rows, at, valid)
+        else:
             self._store_codes(rows, at, valid)
-        elif self.workload.activation in ("sigmoid", "tanh"):
+
+    def store_floats(self, rows: list[list[Any]], at: Any, valid: int) -> None:
+        """Activates and stores registers of f32."""
+        if self.workload.activation in ("sigmoid", "tanh"):
             self._store_activated(rows, at, valid)
         else:
             self._store_words([[self._simple(y) for y in ys] for ys in rows], at, valid)
@@ -64,6 +68,7 @@ class Epilogue:
     def _simple(self, y: Any) -> Any:
         """Activations of one or two instructions; a NaN stays one."""
         if self.workload.activation == "relu":
+            y = T.Bind(y)
             return tirx.Select(tirx.LT(y, self._f32(0.0)), self._f32(0.0), y)
         if self.workload.activation == "clip":
             assert self.workload.clip is not None
@@ -95,7 +100,7 @@ class Epilogue:
         row, column = at
         lanes, width = self.lanes, len(rows[0])
         activation = getattr(_math, self.workload.activation)
-        scratch = T.alloc_buffer((len(rows) * width * lanes,), "float32", scope="local")
+        scratch = local(len(rows) * width * lanes, "float32")
         for i, vectors in enumerate(rows):
             for j, value in enumerate(vectors):
                 T.buffer_store(scratch, value, [ramp((i * width + j) * lanes, lanes)])

@@ -1,7 +1,8 @@
 """What the integer GEMM kernels share: packed layout, row blocks, panels, threads.
 
 W holds, each part 64-byte aligned: the panels, then one value per column (padded to whole vectors)
-of: base s32 · scale f32 · bias f32 · b_zero s32 · b_sum s32 (the last four only where used).
+of: base s32 · scale f32 · bias f32 · b_zero s32 · b_sum s32, then 64 bytes 0x80 that flip the top
+bits of s8 activations (all but base only where used).
 
     panel 0              panel 1              ...   last panel: the nr that are left
     +-------------------+-------------------+
@@ -19,6 +20,7 @@ The part without A's row sum is where the accumulators start.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,18 +34,6 @@ from ._ir import T, bits
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def even_rows(m: int | None, choices: tuple[int, ...]) -> int:
-    """The tallest tile of which M is a multiple, else the first, the least for an open M.
-
-    Equal tiles save a second variant of the code; an open M needs a variant for every smaller M.
-    """
-    if m is None:
-        return min(choices)
-    if m <= max(choices):
-        return m
-    return next((mr for mr in choices if m % mr == 0), choices[0])
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,7 @@ class Layout:
     bias: int
     b_zero: int
     b_sum: int
+    flip: int
     nbytes: int
 
     @property
@@ -92,10 +83,6 @@ class IntegerGemm(Kernel):
         """The multiplier inputs of one vector and k-step, at a byte offset of W."""
 
     @abstractmethod
-    def constant(self, quad: tuple[int, ...], lanes: int) -> list[Any]:
-        """b_operands() if the 4 weights of every column were `quad`."""
-
-    @abstractmethod
     def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
         """acc int32xL plus the sums of 4 products."""
 
@@ -107,9 +94,33 @@ class IntegerGemm(Kernel):
             return "weights beyond +-64 overflow the 16-bit sums of products"
         return None
 
+    def flips(self, workload: Gemm) -> bool:
+        """Whether A is read with its top bits flipped."""
+        return workload.a == "s8" and not self.staged
+
     def lanes(self, workload: Gemm) -> int:
         """Columns per vector: half vectors where they hold all of N."""
         return 8 if workload.n <= 8 else self.bits // 32
+
+    def tile(
+        self, workload: Gemm, rows: Mapping[int, tuple[int, ...]], one_row: int
+    ) -> tuple[int, int]:
+        """(mr, nr) of an analytic default: `rows` has by nr the good mr, the best first.
+
+        Panels are made equal. Tiles are too, where M is a multiple of some mr: that saves a
+        second variant of the code. An open M needs a variant for every smaller M: the least mr.
+        One row is bound by memory: `one_row` vectors in flight.
+        """
+        m, vectors = workload.m, ceil_div(workload.n, self.lanes(workload))
+        if m == 1:
+            return 1, min(vectors, one_row)
+        nr = ceil_div(vectors, ceil_div(vectors, max(rows)))
+        choices = rows[nr]
+        if m is None:
+            return min(choices), nr
+        if m <= max(choices):
+            return m, nr
+        return next((mr for mr in choices if m % mr == 0), choices[0]), nr
 
     def layout(self, workload: Gemm, params: Any) -> Layout:
         lanes = self.lanes(workload)
@@ -120,6 +131,7 @@ class IntegerGemm(Kernel):
         scaled, biased = workload.out != "s32", workload.bias == "f32"
         for used in (True, scaled, biased, workload.b_zero, workload.runtime):
             offsets.append(offsets[-1] + (row if used else 0))
+        offsets.append(offsets[-1] + (64 if self.flips(workload) else 0))
         return Layout(lanes, params.nr, vectors, steps, step_bytes, *offsets)
 
     def pack(self, workload: Gemm, weights: GemmWeights, params: Any) -> np.ndarray:
@@ -157,8 +169,8 @@ class IntegerGemm(Kernel):
         if workload.runtime:
             put(lay.b_sum, sums, "int32")
         else:
-            flipped = workload.a == "s8" and not self.staged
-            base -= (weights.a_zero + (128 if flipped else 0)) * sums
+            base -= (weights.a_zero + (128 if self.flips(workload) else 0)) * sums
+        out[lay.flip :] = 0x80
         put(lay.base, base.astype(np.int32), "int32")
         if workload.out != "s32":
             assert weights.scale is not None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ...machine import Machine
 from ...workload import NUMPY, Gemm
 from ._epilogue import Epilogue
-from ._ir import T, bits, intrinsic, prim_func, ramp, splat, tirx
+from ._ir import T, bits, intrinsic, local, prim_func, ramp, splat, tirx
 
 if TYPE_CHECKING:
     from ._gemm_int import IntegerGemm
@@ -26,7 +26,6 @@ _PARALLEL_US = 40.0  # work below this is not worth waking other threads, which 
 _UNITS = 32  # parallel units to aim at, so that a few threads get nearly equal shares
 _CHUNK_BYTES = 256 << 10  # rows of A that stay in L2 while panel after panel passes
 _WEIGHT_BYTES_PER_US = 80e3  # streaming W, where rows are few
-_STAGED_STEPS = 128  # k-steps widened at once: 1 KiB of stack per row
 _UNROLL = 128  # multiply-adds of a tile up to which its k-loop is unrolled
 
 Emit = Callable[[Any, int], None]  # a tile at a row, of a number of rows
@@ -82,6 +81,10 @@ class Builder:
                     self.a_scale = T.arg("a_scale", T.buffer((1,), "float32"))
             self.c = T.arg("c", T.buffer((m, n), NUMPY[work.out]))
             self.epilogue = Epilogue(work, self.lay.lanes, self.kernel.bits == 512, self.c)
+            if self.kernel.staged:
+                self._stage(m)
+            if work.b_zero:
+                self._sum_rows(m)
             if work.m is not None:
                 self._static(work.m)
             else:
@@ -113,7 +116,7 @@ class Builder:
     def _dynamic(self, m: Any) -> None:
         mr = self.params.mr
         blocks = ceil_div(m, self.const(mr))
-        chunk = max(1, min(_CHUNK_BYTES // (mr * self.workload.k), 16))
+        chunk = max(1, min(_CHUNK_BYTES // (mr * self.workload.k), 4))
 
         def with_tails(b: Any, emit: Emit) -> None:
             if mr == 1:
@@ -139,12 +142,15 @@ class Builder:
             with T.Then():
                 self._units(blocks, None, with_tails, False)
             with T.Else():
-                self._units(blocks, chunk, overlapping if start >= 4 * mr else with_tails, True)
+                self._units(blocks, chunk, overlapping if start >= 2 * mr else with_tails, True)
 
     def _units(self, blocks: Any, chunk: int | None, block: Any, parallel: bool) -> None:
-        """All tiles; `chunk` row blocks to a unit, None: all."""
+        """All tiles; at most `chunk` row blocks to a unit, None: all. Units are made equal."""
         panels = self.lay.panels
         chunks = 1 if chunk is None else ceil_div(blocks, chunk)
+        share = ceil_div(blocks, chunks)
+        if not isinstance(share, int):
+            share = T.Bind(share)
 
         def unit(first: Any, last: Any, panel: Any) -> None:
             def run(offset: Any, vector: Any, nr: int, valid: int) -> None:
@@ -167,8 +173,8 @@ class Builder:
             if isinstance(chunks, int) and chunks == 1:
                 unit(self.const(0), blocks, u)
             else:
-                first = T.Bind(u // panels * chunk)
-                last = T.Bind(tirx.min(first + chunk, blocks))
+                first = T.Bind(tirx.min(u // panels * share, blocks))
+                last = T.Bind(tirx.min(first + share, blocks))
                 unit(first, last, u % panels)
 
     def _panel(self, panel: Any, run: Callable[[Any, Any, int, int], None]) -> None:
@@ -176,7 +182,12 @@ class Builder:
         lay, n = self.lay, self.workload.n
         nr, stride = lay.nr, lay.steps * lay.step_bytes
         whole = n // lay.lanes // nr  # panels of whole vectors
-        rest = (whole * nr * stride, whole * nr, lay.vectors - whole * nr, n - whole * nr * lay.lanes)
+        rest = (
+            whole * nr * stride,
+            whole * nr,
+            lay.vectors - whole * nr,
+            n - whole * nr * lay.lanes,
+        )
         if whole == 0:
             run(*rest)
         elif whole == lay.panels:
@@ -192,57 +203,38 @@ class Builder:
     def _tile(self, row: Any, rows: int, offset: Any, vector: Any, nr: int, valid: int) -> None:
         kernel, work, lay = self.kernel, self.workload, self.lay
         lanes = lay.lanes
-        i32 = f"int32x{lanes}"
-        acc = T.alloc_buffer((rows * nr * lanes,), "int32", scope="local")
+        acc = local(rows * nr * lanes, "int32")
         start = [T.Bind(self._start(vector + j)) for j in range(nr)]
         for i in range(rows):
             for j in range(nr):
                 T.buffer_store(acc, start[j], [ramp((i * nr + j) * lanes, lanes)])
-        if work.b_zero:
-            row_sums = T.alloc_buffer((rows * lanes,), "int32", scope="local")
-            for i in range(rows):
-                T.buffer_store(row_sums, splat(0, "int32", lanes), [ramp(i * lanes, lanes)])
 
-        def step(s: Any, operands: Callable[[int], list[Any]], ones: tuple[int, ...]) -> None:
+        def step(s: Any) -> None:
             at = offset + s * (nr * lay.step_bytes)
             b = [
                 kernel.b_operands(self.w, at + j * lay.step_bytes, lanes, self.params)
                 for j in range(nr)
             ]
             for i in range(rows):
-                a = operands(i)
+                a = self._operands(row + i, s)
                 for j in range(nr):
                     where = ramp((i * nr + j) * lanes, lanes)
                     T.buffer_store(acc, kernel.multiply_add(acc[where], a, b[j], lanes), [where])
-                if work.b_zero:
-                    where = ramp(i * lanes, lanes)
-                    constant = kernel.constant(ones, lanes)
-                    total = kernel.multiply_add(row_sums[where], a, constant, lanes)
-                    T.buffer_store(row_sums, total, [where])
 
-        whole, rest = divmod(work.k, 4)
-        all_ones = (1, 1, 1, 1)
-        if kernel.staged:
-            self._staged_steps(row, rows, whole, lambda s, operands: step(s, operands, all_ones))
-        elif whole * rows * nr <= _UNROLL:
-            for s in range(whole):
-                step(s, lambda i, s=s: self._operands(self._quad(row + i, s * 4)), all_ones)
-        elif whole:
-            with T.serial(0, whole) as s:
-                step(s, lambda i: self._operands(self._quad(row + i, s * 4)), all_ones)
-        if rest and whole:
-            ones = tuple(int(t >= 4 - rest) for t in range(4))
-            step(whole, lambda i: self._operands(self._quad(row + i, work.k - 4)), ones)
-        elif rest:
-            ones = tuple(int(t < rest) for t in range(4))
-            step(0, lambda i: self._operands(self._short_row(row + i)), ones)
+        whole = work.k // 4
+        looped = whole if whole * rows * nr > _UNROLL else 0
+        if looped:
+            with T.serial(0, looped) as s:
+                step(s)
+        for s in range(looped, lay.steps):
+            step(s)
 
         if work.b_zero:
             for i in range(rows):
                 for j in range(nr):
                     where = ramp((i * nr + j) * lanes, lanes)
                     zero = self._constants(lay.b_zero, "int32", vector + j)
-                    value = acc[where] - row_sums[ramp(i * lanes, lanes)] * zero
+                    value = acc[where] - T.broadcast(self.row_sums[row + i], lanes) * zero
                     T.buffer_store(acc, value, [where])
         scale = [T.Bind(self._scale(vector + j)) for j in range(nr)] if work.out != "s32" else []
         bias = [
@@ -254,72 +246,79 @@ class Builder:
         ]
         self.epilogue.store(registers, scale, bias, (row, vector * lanes), valid)
 
-    def _quad(self, row: Any, k: Any) -> Any:
-        return bits("int32", self.a[row, ramp(k, 4)])
+    def _dword(self, row: Any, step: Any) -> Any:
+        """4 bytes of a row of A as int32; those of the last step end with the row."""
+        k = self.workload.k
+        if isinstance(step, int) and step * 4 + 4 > k:
+            if k < 4:
+                value = tirx.const(0, "int32")
+                for t in range(k):
+                    byte = tirx.Cast("int32", bits("uint8", self.a[row, t]))
+                    value = value | (byte << (8 * t))
+                return value
+            return bits("int32", self.a[row, ramp(k - 4, 4)])
+        return bits("int32", self.a[row, ramp(step * 4, 4)])
 
-    def _short_row(self, row: Any) -> Any:
-        """A row of less than 4 bytes as a dword."""
-        value = tirx.const(0, "int32")
-        for t in range(self.workload.k):
-            byte = tirx.Cast("int32", bits("uint8", self.a[row, t]))
-            value = value | (byte << (8 * t))
-        return value
-
-    def _operands(self, dword: Any) -> list[Any]:
-        """Multiplier inputs of 4 bytes of A."""
-        lanes, a = self.lay.lanes, self.workload.a
+    def _operands(self, row: Any, step: Any) -> list[Any]:
+        """Multiplier inputs of a row's 4 bytes."""
+        lanes = self.lay.lanes
         if self.kernel.staged:
-            words = T.Bind(bits("int32x2", tirx.Cast("int16x4", bits(f"{NUMPY[a]}x4", dword))))
-            pairs = [T.broadcast(T.Shuffle([words], [half]), lanes) for half in range(2)]
-            return [T.Bind(bits(f"int16x{2 * lanes}", pair)) for pair in pairs]
-        dwords = T.broadcast(dword, lanes)
-        if a == "s8":
-            dwords = T.Bind(dwords) ^ splat(-0x7F7F7F80, "int32", lanes)
+            pairs = [bits("int32", self.staged[row, ramp(step * 4 + at, 2)]) for at in (0, 2)]
+            return [T.Bind(bits(f"int16x{2 * lanes}", T.broadcast(p, lanes))) for p in pairs]
+        dwords = T.broadcast(self._dword(row, step), lanes)
+        if self.kernel.flips(self.workload):
+            # A constant mask LLVM would apply before the broadcast, which then is a shuffle
+            # instead of a part of the load: 13 % slower.
+            dwords = dwords ^ bits(f"int32x{lanes}", self.w[ramp(self.lay.flip, 4 * lanes)])
         return self.kernel.a_operands(dwords, lanes)
 
-    def _staged_steps(self, row: Any, rows: int, steps: int, step: Any) -> None:
-        """The k-loop in blocks of which A is first widened to 16 bits, on the stack.
+    def _stage(self, m: Any) -> None:
+        """All of A widened to 16 bits, in k-steps as the tiles read them.
 
-        Widened ahead, a pair for the multiplier is one broadcasting load; widened in place, it
-        is two more vector operations, of which there are only two per product and sum.
+        Once for all columns: a pair for the multiplier is then one broadcasting load. Widened in
+        every tile, AVX2 is 10 % slower; in registers, AVX-512 is 7 % slower as well.
         """
-        lanes = self.lay.lanes
-        block = min(steps, _STAGED_STEPS)
-        staged = T.alloc_buffer((rows * max(1, block) * 4,), "int16", scope="local")
+        k, steps = self.workload.k, self.lay.steps
+        a, dtype = self.a, NUMPY[self.workload.a]
+        self.staged = T.alloc_buffer((m, self.const(steps * 4)), "int16", scope="global")
 
-        def run(first: Any, count: int) -> None:
-            for i in range(rows):
-                self._widen(staged, i * block * 4, row + i, first * 4, count * 4)
-            with T.serial(0, count) as s:
+        def move(row: Any, at: Any, size: int) -> None:
+            wide = tirx.Cast(f"int16x{size}", a[row, ramp(at, size)])
+            T.buffer_store(self.staged, wide, [row, ramp(at, size)])
 
-                def operands(i: int) -> list[Any]:
-                    at = i * (block * 4) + s * 4
-                    pairs = [bits("int32", staged[ramp(at + 2 * half, 2)]) for half in range(2)]
-                    wide = [bits(f"int16x{2 * lanes}", T.broadcast(p, lanes)) for p in pairs]
-                    return [T.Bind(w) for w in wide]
+        with T.serial(self.const(0), m) as row:
+            whole = k // 4 * 4
+            size = next((s for s in (self.kernel.bits // 16, 16, 8, 4) if s <= whole), 0)
+            if size:
+                with T.serial(0, whole // size) as c:
+                    move(row, c * size, size)
+                if whole % size:  # overlaps the one before
+                    move(row, whole - size, size)
+            if k % 4:
+                last = bits(f"{dtype}x4", self._dword(row, steps - 1))
+                wide = tirx.Cast("int16x4", last)
+                T.buffer_store(self.staged, wide, [row, ramp(steps * 4 - 4, 4)])
 
-                step(first + s, operands)
+    def _sum_rows(self, m: Any) -> None:
+        """Sums of the rows of A as the tiles read them, once for all columns.
 
-        if steps > block:
-            with T.serial(0, steps // block) as b:
-                run(b * block, block)
-        elif steps:
-            run(0, steps)
-        if steps > block and steps % block:
-            run(steps - steps % block, steps % block)
-
-    def _widen(self, staged: Any, to: Any, row: Any, k: Any, count: int) -> None:
-        """staged[to : to + count] = A[row, k : k + count]."""
-
-        def move(at: Any, size: int) -> None:
-            wide = tirx.Cast(f"int16x{size}", self.a[row, ramp(k + at, size)])
-            T.buffer_store(staged, wide, [ramp(to + at, size)])
-
-        size = next(s for s in (self.kernel.bits // 16, 16, 8, 4) if s <= count)
-        with T.serial(0, count // size) as c:
-            move(c * size, size)
-        if count % size:  # overlaps the last whole one
-            move(count - size, size)
+        Summed in every tile, they cost one more multiplication per row: 25 % more time at nr 4.
+        """
+        lanes, k = self.lay.lanes, self.workload.k
+        self.row_sums = T.alloc_buffer((m,), "int32", scope="global")
+        flips = 128 * k if self.kernel.flips(self.workload) else 0
+        with T.serial(self.const(0), m) as row:
+            total = local(lanes, "int32")
+            every = ramp(0, lanes)
+            T.buffer_store(total, splat(0, "int32", lanes), [every])
+            with T.serial(0, k // lanes) as c:
+                part = tirx.Cast(f"int32x{lanes}", self.a[row, ramp(c * lanes, lanes)])
+                T.buffer_store(total, total[every] + part, [every])
+            start = intrinsic("int32", "llvm.vector.reduce.add", total[every]) + flips
+            T.buffer_store(self.row_sums, start, [row])
+            with T.serial(0, k % lanes) as t:
+                value = tirx.Cast("int32", self.a[row, k // lanes * lanes + t])
+                T.buffer_store(self.row_sums, self.row_sums[row] + value, [row])
 
     def _constants(self, offset: int, dtype: str, vector: Any) -> Any:
         lanes = self.lay.lanes
@@ -330,7 +329,7 @@ class Builder:
         if not self.workload.runtime:
             return base
         zero = tirx.Cast("int32", self.a_zero[0])
-        if self.workload.a == "s8" and not self.kernel.staged:
+        if self.kernel.flips(self.workload):
             zero = zero + 128
         sums = self._constants(self.lay.b_sum, "int32", vector)
         return base - T.broadcast(zero, self.lay.lanes) * sums

@@ -1,9 +1,20 @@
-"""GEMM u8 x s8 -> s32, AVX-512 without VNNI, for weights within +-64."""
+"""GEMM u8 x s8 -> s32, AVX-512 without VNNI, for weights within +-64 (7 bits).
+
+vpmaddubsw sums pairs of products u8 x s8 in s16, where 2*255*64 = 32640 still fits, vpmaddwd by
+ones sums pairs of those in s32, vpaddd accumulates: exact. Panels as in gemm_u8s8s32_vnni, three
+operations instead of one:
+
+    B panel   nr vectors of 64 bytes:          n0: k0 k1 k2 k3 | n1: k0 .. k3 | .. n15
+    A row     4 bytes, broadcast to all lanes  k0 k1 k2 k3 | k0 .. k3 | ..
+
+Both multiplies share one 512-bit pipe: 64 op/cycle. Zen 4 at 3.7 GHz, 1 thread: limit 237 Gop/s;
+336x512x512 to u8 755 us = 233 Gop/s = 98 %.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,23 +34,20 @@ class Params:
 
 
 class Gemm7(IntegerGemm):
-    """Pairs of products summed in 16 bits, pairs of those in 32."""
+    """The micro-kernel for both vector widths."""
 
     Params: Any = Params
     seven_bits = True
 
-    def registers(self, params: Any) -> int:
+    def registers(self, params: Params) -> int:
+        # C tile, a step of B, a broadcast of A, a product, the ones
         return params.mr * params.nr + params.nr + 3
 
-    def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
+    def encode(self, quads: np.ndarray, params: Params) -> np.ndarray:
         return quads.view(np.uint8).reshape(*quads.shape[:-2], -1)
 
-    def b_operands(self, w: Any, offset: Any, lanes: int, params: Any) -> list[Any]:
+    def b_operands(self, w: Any, offset: Any, lanes: int, params: Params) -> list[Any]:
         return [T.Bind(bits(f"int8x{4 * lanes}", w[ramp(offset, 4 * lanes)]))]
-
-    def constant(self, quad: tuple[int, ...], lanes: int) -> list[Any]:
-        word = sum(value << (8 * t) for t, value in enumerate(quad))
-        return [bits(f"int8x{4 * lanes}", splat(word, "int32", lanes))]
 
     def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
         pairs = intrinsic(f"int16x{2 * lanes}", _MADDUBS[lanes], a[0], b[0])
@@ -50,12 +58,13 @@ class Gemm7(IntegerGemm):
 class GemmAvx512(Gemm7):
     name = "gemm_u8s7s32_avx512"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
-    SPACE = {"mr": (1, 2, 4, 5, 6, 8), "nr": (1, 2, 3, 4)}
+    SPACE: ClassVar = {"mr": (1, 2, 4, 5, 6, 8), "nr": (1, 2, 3, 4)}
     bits = 512
     gops = 230.0
 
     def default(self, workload: Gemm, machine: Machine) -> Params:
-        return Params()
+        rows = {4: (6, 5, 4), 3: (8, 6, 5), 2: (8, 6), 1: (8, 4)}
+        return Params(*self.tile(workload, rows, 4))
 
 
 KERNEL = GemmAvx512()

@@ -1,0 +1,397 @@
+"""Converters of normalizations, selections along an axis, and layout operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx
+from tvm import relax, te, tirx
+from tvm.relax.frontend.onnx import onnx_frontend
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from dccompile.elementwise import number
+from dccompile.lanes import local
+
+from .operator_tools import Converter, Node, constant, dtype_of, shape_of
+
+
+def _axes_from(node: Node, x: Any) -> list[int]:
+    rank = len(shape_of(x))
+    return list(range(int(node.attr.get("axis", -1)) % rank, rank))
+
+
+class LayerNormalization(Converter):
+    """All three outputs; computed in float32 and returned in the input's type."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x, scale, bias = (node.get(i) for i in range(3))
+        kind = dtype_of(x)
+        axes = _axes_from(node, x)
+        epsilon = float(node.attr.get("epsilon", 1e-5))
+        wide = x if kind in ("float32", "float64") else node.do(relax.op.astype(x, "float32"))
+        stash = dtype_of(wide)
+        dims = [shape_of(x)[a] for a in axes]
+        full = relax.ShapeExpr(dims)
+        scale = _spread(node, scale, full, stash)
+        if bias is None:
+            bias = relax.const(np.zeros([int(d) for d in dims], stash))
+        else:
+            bias = _spread(node, bias, full, stash)
+        y = node.do(relax.op.nn.layer_norm(wide, scale, bias, axes, epsilon))
+        if stash != kind:
+            y = node.do(relax.op.astype(y, kind))
+        if node.outputs == 1:
+            return y
+        mean = node.do(relax.op.mean(wide, axes, keepdims=True))
+        gap = node.emit(lambda a, b: (a - b) * (a - b), wide, mean)
+        variance = node.do(relax.op.mean(gap, axes, keepdims=True))
+        inverse = node.emit(lambda v: number(1, v) / tirx.sqrt(v + number(epsilon, v)), variance)
+        return relax.Tuple([y, mean, inverse][: node.outputs])
+
+
+def _spread(node: Node, value: Any, shape: Any, kind: str) -> Any:
+    known = constant(value)
+    if known is not None:
+        dims = [int(d) for d in shape.values]
+        return relax.const(np.ascontiguousarray(np.broadcast_to(known.astype(kind), dims)))
+    if dtype_of(value) != kind:
+        value = node.do(relax.op.astype(value, kind))
+    return node.do(relax.op.broadcast_to(value, shape))
+
+
+class RMSNormalization(Converter):
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x, scale = node.get(0), node.get(1)
+        kind, axes = dtype_of(x), _axes_from(node, node.get(0))
+        epsilon = float(node.attr.get("epsilon", 1e-5))
+        wide = x if kind in ("float32", "float64") else node.do(relax.op.astype(x, "float32"))
+        square = node.emit(lambda v: v * v, wide)
+        mean = node.do(relax.op.mean(square, axes, keepdims=True))
+
+        def rule(v: Any, m: Any, s: Any) -> Any:
+            inverse = number(1, m) / tirx.sqrt(m + number(epsilon, m))
+            return tirx.Cast(kind, v * inverse * tirx.Cast(str(v.ty), s))
+
+        return node.emit(rule, wide, mean, scale)
+
+
+class LpNormalization(Converter):
+    """x divided by its norm along an axis; 0 where the norm is 0."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x = node.get(0)
+        axis = int(node.attr.get("axis", -1)) % len(shape_of(x))
+        p = int(node.attr.get("p", 2))
+        part = node.emit(lambda v: v * v if p == 2 else tirx.abs(v), x)
+        total = node.do(relax.op.sum(part, [axis], keepdims=True))
+
+        def rule(v: Any, s: Any) -> Any:
+            norm = tirx.sqrt(s) if p == 2 else s
+            return tirx.Select(norm == number(0, v), number(0, v), v / norm)
+
+        return node.emit(rule, x, total)
+
+
+class Softmax(Converter):
+    """Before opset 13 over all dimensions from `axis` on, then over `axis` alone."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        return _along(node, lambda v: relax.op.nn.softmax(v, -1), relax.op.nn.softmax)
+
+
+class LogSoftmax(Converter):
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        return _along(node, lambda v: relax.op.nn.log_softmax(v, -1), relax.op.nn.log_softmax)
+
+
+def _along(node: Node, flat: Any, whole: Any) -> Any:
+    x = node.get(0)
+    shape = shape_of(x)
+    if node.opset >= 13:
+        return whole(x, int(node.attr.get("axis", -1)) % max(1, len(shape)))
+    axis = int(node.attr.get("axis", 1)) % max(1, len(shape))
+    if axis == len(shape) - 1:
+        return whole(x, axis)
+    rows, columns = math.prod(shape[:axis]), math.prod(shape[axis:])
+    two = node.do(relax.op.reshape(x, relax.ShapeExpr([rows, columns])))
+    return relax.op.reshape(node.do(flat(two)), relax.ShapeExpr(shape))
+
+
+def _explicit_pads(node: Node) -> None:
+    """Replaces auto_pad by pads, which need only the spatial extents."""
+    auto = node.text("auto_pad", "NOTSET")
+    x, kernel = shape_of(node.get(0)), [int(k) for k in node.attr["kernel_shape"]]
+    rank = len(kernel)
+    strides = [int(s) for s in node.attr.get("strides", [1] * rank)]
+    dilations = [int(d) for d in node.attr.get("dilations", [1] * rank)]
+    if min([*kernel, *strides, *dilations]) < 1:
+        raise node.wrong("a kernel, stride or dilation is below 1", "correct the attributes")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        before, after = [], []
+        for size, k, s, d in zip(x[2:], kernel, strides, dilations, strict=True):
+            total = max(0, (-(-size // s) - 1) * s + (k - 1) * d + 1 - size)
+            small, large = total // 2, total - total // 2
+            before.append(small if auto == "SAME_UPPER" else large)
+            after.append(large if auto == "SAME_UPPER" else small)
+        node.attr["pads"] = (*before, *after)
+    node.attr["auto_pad"] = b"NOTSET"
+
+
+class MaxPool(Converter):
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        if node.outputs > 1:
+            raise node.refuse("its second output, the indices, is used", "use the values alone")
+        _explicit_pads(node)
+        return onnx_frontend.MaxPool._impl_v1(node.bb, [node.get(0)], node.attr, [{}, {}])
+
+
+class AveragePool(Converter):
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        _explicit_pads(node)
+        return onnx_frontend.AveragePool._impl_v1(node.bb, [node.get(0)], node.attr, [{}, {}])
+
+
+class GlobalMaxPool(Converter):
+    """Unlike ReduceMax, it passes over NaN."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        def build(x: te.Tensor) -> te.Tensor:
+            over = [te.reduce_axis((0, e), "k") for e in x.shape[2:]]
+            best = te.comm_reducer(
+                lambda a, b: tirx.Select(b > a, b, a), lambda t: tirx.min_value(str(t)), name="max"
+            )
+            shape = [*x.shape[:2], *[tirx.const(1, "int64")] * len(over)]
+            return te.compute(shape, lambda n, c, *_: best(x(n, c, *over), axis=over), name="max")
+
+        return node.compute(build, node.get(0))
+
+
+class OneHot(Converter):
+    """Values of their own type; an index outside the depth sets nothing."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        indices, depth, values = (node.get(i) for i in range(3))
+        known = constant(depth)
+        if known is None:
+            raise node.refuse("its depth is not a constant", "make the depth a constant")
+        size = int(known.reshape(-1)[0])
+        rank = len(shape_of(indices))
+        axis = int(node.attr.get("axis", -1)) % (rank + 1)
+
+        def build(at: te.Tensor, v: te.Tensor) -> te.Tensor:
+            def value(*i: Any) -> Any:
+                place = tirx.Cast("int64", at(*i[:axis], *i[axis + 1 :]))
+                place = place + tirx.Select(place < 0, number(size, place), number(0, place))
+                hot = place == i[axis]
+                return tirx.Select(hot, v(tirx.const(1, "int64")), v(tirx.const(0, "int64")))
+
+            shape = [*at.shape[:axis], tirx.const(size, "int64"), *at.shape[axis:]]
+            return te.compute(shape, value, name="one_hot")
+
+        return node.compute(build, indices, values)
+
+
+class SpaceToDepth(Converter):
+    """Blocks to channels; mode CRD, of newer opsets, keeps the channel outermost."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x = node.get(0)
+        n, c, height, width = shape_of(x)
+        b = int(node.attr["blocksize"])
+        crd = node.text("mode", "DCR") == "CRD"
+
+        def build(v: te.Tensor) -> te.Tensor:
+            def value(*i: Any) -> Any:
+                m, k, y, z = i
+                if crd:
+                    channel, block = tirx.floordiv(k, b * b), tirx.floormod(k, b * b)
+                else:
+                    channel, block = tirx.floormod(k, c), tirx.floordiv(k, c)
+                down, right = tirx.floordiv(block, b), tirx.floormod(block, b)
+                return v(m, channel, y * b + down, z * b + right)
+
+            shape = [n, c * b * b, tirx.floordiv(height, b), tirx.floordiv(width, b)]
+            return te.compute([tirx.convert(s) for s in shape], value, name="space_to_depth")
+
+        return node.compute(build, x)
+
+
+class Dropout(Converter):
+    """Inference: the input, and a mask of ones in bool."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x = node.get(0)
+        if node.outputs == 1:
+            return x
+        mask = relax.op.full(relax.ShapeExpr(shape_of(x)), relax.const(True, "bool"), "bool")
+        return relax.Tuple([x, node.do(mask)])
+
+
+class TopK(Converter):
+    """A sorted list of k per row, filled by insertion; the earlier of equal values comes first."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x = node.get(0)
+        known = constant(node.get(1)) if node.opset >= 10 else np.array(node.attr["k"])
+        if known is None:
+            raise node.refuse("its k is not a constant", "make k a constant")
+        k = int(known.reshape(-1)[0])
+        shape = shape_of(x)
+        axis = int(node.attr.get("axis", -1)) % len(shape)
+        if isinstance(shape[axis], int) and not 0 <= k <= shape[axis]:
+            raise node.wrong(f"k is {k} of {shape[axis]} values", "choose k within the axis")
+        largest = bool(node.attr.get("largest", 1))
+        order = [a for a in range(len(shape)) if a != axis] + [axis]
+        moved = axis != len(shape) - 1
+        rows = node.do(relax.op.permute_dims(x, order)) if moved else x
+        lead = [shape[a] for a in order[:-1]]
+        kind = dtype_of(x)
+        func = _top(lead, shape[axis], k, kind, largest)
+        gvar = node.bb.add_func(func, "topk")
+        types = [relax.TensorType([*lead, k], kind), relax.TensorType([*lead, k], "int64")]
+        both = node.do(relax.call_tir(gvar, [rows], out_ty=types))
+        parts = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
+        if moved:
+            back = [order.index(a) for a in range(len(shape))]
+            parts = [node.do(relax.op.permute_dims(p, back)) for p in parts]
+        return relax.Tuple(parts)
+
+
+def _top(lead: list[Any], n: Any, k: int, kind: str, largest: bool) -> Any:
+    rows: Any = tirx.const(1, "int64")
+    for extent in lead:
+        rows = rows * extent
+    n = tirx.const(n, "int64") if isinstance(n, int) else n
+    top, zero = tirx.const(k, "int64"), tirx.const(0, "int64")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("topk")
+        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "topk"})
+        source = T.arg("x", T.buffer([*lead, n], kind))
+        values = T.arg("values", T.buffer([*lead, k], kind))
+        places = T.arg("indices", T.buffer([*lead, k], "int64"))
+        with T.sblock("root"):
+            x = T.decl_buffer((rows * n,), kind, data=tirx.buffer_data(source))
+            best = T.decl_buffer((rows * top,), kind, data=tirx.buffer_data(values))
+            place = T.decl_buffer((rows * top,), "int64", data=tirx.buffer_data(places))
+            with T.serial(0, rows if k else tirx.const(0, "int64")) as r:
+                spot = local(1, "int64")
+                with T.serial(0, n) as i:
+                    value = T.Bind(x[r * n + i])
+
+                    def better(a: Any, b: Any) -> Any:
+                        """a before b: NaN counts as the largest number."""
+                        test = a > b if largest else a < b
+                        if not kind.startswith("float"):
+                            return test
+                        nans = (a, b) if largest else (b, a)
+                        nan = tirx.And(tirx.isnan(nans[0]), tirx.Not(tirx.isnan(nans[1])))
+                        return tirx.Or(test, nan)
+
+                    T.buffer_store(spot, tirx.Min(i, top), [0])
+                    with T.While(
+                        tirx.if_then_else(
+                            spot[0] > 0,
+                            better(value, best[r * top + tirx.Max(spot[0] - 1, zero)]),
+                            tirx.const(False, "bool"),
+                        )
+                    ):  # fmt: skip
+                        with T.If(spot[0] < top), T.Then():
+                            T.buffer_store(best, best[r * top + spot[0] - 1], [r * top + spot[0]])
+                            T.buffer_store(place, place[r * top + spot[0] - 1], [r * top + spot[0]])
+                        T.buffer_store(spot, spot[0] - 1, [0])
+                    with T.If(spot[0] < top), T.Then():
+                        T.buffer_store(best, value, [r * top + spot[0]])
+                        T.buffer_store(place, i, [r * top + spot[0]])
+    return builder.get().without_attr("global_symbol")
+
+
+class CumSum(Converter):
+    """A running sum along a constant axis."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x = node.get(0)
+        known = constant(node.get(1))
+        if known is None:
+            raise node.refuse("its axis is not a constant", "make the axis a constant")
+        shape = shape_of(x)
+        axis = int(known.reshape(-1)[0]) % len(shape)
+        exclusive = bool(node.attr.get("exclusive", 0))
+        backward = bool(node.attr.get("reverse", 0))
+        kind = dtype_of(x)
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("cumsum")
+            T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "cumsum"})
+            source = T.arg("x", T.buffer(shape, kind))
+            target = T.arg("y", T.buffer(shape, kind))
+
+            def size(dims: list[Any]) -> Any:
+                total: Any = tirx.const(1, "int64")
+                for d in dims:
+                    total = total * d
+                return total
+
+            outer, n, inner = size(shape[:axis]), size([shape[axis]]), size(shape[axis + 1 :])
+            with T.sblock("root"):
+                a = T.decl_buffer((outer * n * inner,), kind, data=tirx.buffer_data(source))
+                b = T.decl_buffer((outer * n * inner,), kind, data=tirx.buffer_data(target))
+                with T.serial(0, outer) as o, T.serial(0, inner) as j:
+                    total = local(1, kind)
+                    T.buffer_store(total, tirx.const(0, kind), [0])
+                    with T.serial(0, n) as i:
+                        step = n - 1 - i if backward else i
+                        at = T.Bind((o * n + step) * inner + j)
+                        value = T.Bind(a[at])
+                        if exclusive:
+                            T.buffer_store(b, total[0], [at])
+                        T.buffer_store(total, total[0] + value, [0])
+                        if not exclusive:
+                            T.buffer_store(b, total[0], [at])
+        gvar = node.bb.add_func(builder.get().without_attr("global_symbol"), "cumsum")
+        return relax.call_tir(gvar, [x], out_ty=relax.TensorType(shape, kind))
+
+
+class ConstantOfShape(Converter):
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        given = node.inputs[0]
+        known = constant(given)
+        if known is not None:
+            dims: list[Any] = [int(d) for d in known]
+        elif isinstance(given, relax.ShapeExpr):
+            dims = list(given.values)
+        else:
+            raise node.refuse("its shape is computed from data", "make the shape a constant")
+        value = node.attr.get("value")
+        fill = np.zeros((), "float32")
+        if value is not None:
+            array = onnx.numpy_helper.to_array(value) if hasattr(value, "dims") else value
+            fill = np.asarray(array.numpy() if hasattr(array, "numpy") else array).reshape(-1)[0]
+        fill = np.asarray(fill)
+        if all(isinstance(d, int) for d in dims) and math.prod(dims) <= 4096:
+            return relax.const(np.full(dims, fill, fill.dtype))
+        return relax.op.full(relax.ShapeExpr(dims), relax.const(fill), str(fill.dtype))
+
+
+REDUCING = {
+    c.__name__: c
+    for c in (
+        MaxPool, AveragePool, GlobalMaxPool, LayerNormalization, RMSNormalization, LpNormalization,
+        Softmax, LogSoftmax, OneHot, SpaceToDepth, Dropout, TopK, CumSum, ConstantOfShape,
+    )
+}  # fmt: skip
