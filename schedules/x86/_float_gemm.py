@@ -28,7 +28,7 @@ from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Gemm, GemmWeights
 from ._epilogue import Epilogue
-from ._ir import T, bits, i64, intrinsic, prim_func, ramp, splat, tirx
+from ._ir import T, bits, i64, intrinsic, local, prim_func, ramp, splat, tirx
 
 _PARALLEL_US = 50.0  # work below this is not worth waking other threads, which takes about 5 us
 _UNITS = 16  # parallel units to aim at, so that a few threads get nearly equal shares
@@ -37,7 +37,7 @@ _GOPS = 115.0  # of one thread
 _WEIGHT_BYTES_PER_US = 95e3  # of one thread, from L3
 _IN_FLIGHT = 8  # FMAs: latency 4, two a cycle
 _STREAM = 24  # bytes of W a cycle that the second-level cache gives, with margin
-_LATENCY = 200  # cycles to memory beyond it
+_LATENCY = 200  # cycles to memory beyond it, other cores busy
 _WINDOW = 320  # instructions in flight, among them the loads that hide this latency
 _BATCHES = (1, 2, 4, 8, 16, 64)  # that a kernel for any m should do well on
 
@@ -47,7 +47,9 @@ def ceil_div(a: Any, b: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Params:
+class Tile:
+    """Parameters of the kernels."""
+
     mr: int = 6  # most rows of C kept in registers
     nr: int = 4  # vectors of columns of C kept in registers
     lanes: int = 16  # columns of a vector
@@ -99,23 +101,23 @@ class FloatGemm(Kernel):
     """C = activation(A x B + bias) for f32 A and f32 or f16 B, f32 accumulation."""
 
     weights: ClassVar[str]  # f32 | f16
-    Params = Params
+    Params: ClassVar[type] = Tile
 
     def refuses(self, workload: Gemm) -> str | None:
         if workload.a != "f32" or workload.b != self.weights:
             return f"operands are {workload.a} x {workload.b}, not f32 x {self.weights}"
         return None
 
-    def registers(self, params: Params) -> int:
+    def registers(self, params: Tile) -> int:
         """C's tile, a row of B, a broadcast of A."""
         return params.mr * params.nr + params.nr + 1
 
-    def layout(self, workload: Gemm, params: Params) -> Layout:
+    def layout(self, workload: Gemm, params: Tile) -> Layout:
         size = 2 if self.weights == "f16" else 4
         biased = workload.bias != "none"
         return Layout(params.lanes, params.nr, workload.n, workload.k, size, biased)
 
-    def pack(self, workload: Gemm, weights: GemmWeights, params: Params) -> np.ndarray:
+    def pack(self, workload: Gemm, weights: GemmWeights, params: Tile) -> np.ndarray:
         lay = self.layout(workload, params)
         dtype = np.float16 if self.weights == "f16" else np.float32
         b = np.zeros((lay.k, lay.columns), dtype)
@@ -132,7 +134,7 @@ class FloatGemm(Kernel):
             out[lay.bias : lay.bias + bias.nbytes] = bias.view(np.uint8)
         return out
 
-    def default(self, workload: Gemm, machine: Machine) -> Params:
+    def default(self, workload: Gemm, machine: Machine) -> Tile:
         """The tile with the fewest estimated cycles; for any m, the least far from it overall."""
         choices = list(self.candidates(machine))
         far_off = [0.0] * len(choices)
@@ -141,9 +143,7 @@ class FloatGemm(Kernel):
             far_off = [off + c / min(cycles) for off, c in zip(far_off, cycles, strict=True)]
         return choices[far_off.index(min(far_off))]
 
-    def _cycles(
-        self, workload: Gemm, params: Params, m: int, machine: Machine
-    ) -> float:
+    def _cycles(self, workload: Gemm, params: Tile, m: int, machine: Machine) -> float:
         """Estimated cycles of all of C on one thread, and twice those of the busier of two.
 
         512-bit instructions are counted as two of 256 bits, of which two start in a cycle.
@@ -152,23 +152,22 @@ class FloatGemm(Kernel):
         blocks = ceil_div(m, params.mr)
         height = ceil_div(m, blocks)
         wide = lay.lanes // 8
-        far = lay.nbytes > machine.l3 // 4
+        far = lay.nbytes > machine.l2 and height > 2  # faster streams are prefetched well
 
         def panel(nr: int) -> float:
             lines = nr * lay.step / 64
             instructions = height * nr + height + nr * (3 - lay.size // 2) + 2
+            multiply = height * nr * wide / 2
             convert = nr * (2.0 if wide == 2 else 0.75) if lay.size == 2 else 0.0
-            step = max(
-                height * nr * wide / 2 + convert / 4,
-                (nr * wide + height) / 2,
-                convert,
-                instructions / 6,
-                nr * lay.step / _STREAM,
-            ) + 0.3
+            loads = (nr * wide + height) / 2
+            step = 0.6 + max(
+                multiply + convert / 4, convert, loads, instructions / 6, lines * 64 / _STREAM
+            )
             if lines <= 1:
                 step *= 1.06  # measured: panels of one cache line a row are 3 to 13 % slower
-            first = max(step, lines * _LATENCY / min(48, _WINDOW / instructions * lines)) if far else step
-            return lay.k * (first + step * (blocks - 1)) + blocks * (20 + 2 * height * nr * wide / 2)
+            fetch = lines * _LATENCY / min(48, _WINDOW / instructions * lines) if far else 0.0
+            steps = max(step, fetch) + step * (blocks - 1)
+            return lay.k * steps + blocks * (20 + 2 * multiply)
 
         rest = lay.vectors - lay.whole * lay.nr
         total = lay.whole * panel(lay.nr) + (panel(rest) if rest else 0.0)
@@ -179,14 +178,14 @@ class FloatGemm(Kernel):
         units = lay.panels * blocks
         return total * (1 + ceil_div(units, 2) * 2 / units)
 
-    def build(self, workload: Gemm, params: Params, machine: Machine) -> Any:
+    def build(self, workload: Gemm, params: Tile, machine: Machine) -> Any:
         return Builder(self, workload, params).function()
 
 
 class Builder:
     """One PrimFunc of `kernel` for a workload and parameters."""
 
-    def __init__(self, kernel: FloatGemm, workload: Gemm, params: Params) -> None:
+    def __init__(self, kernel: FloatGemm, workload: Gemm, params: Tile) -> None:
         self.kernel, self.workload, self.params = kernel, workload, params
         self.lay = kernel.layout(workload, params)
         self.vector = f"float32x{self.lay.lanes}"
@@ -215,7 +214,10 @@ class Builder:
         """A nest for every height that balanced blocks of at most mr rows can have."""
         mr = self.params.mr
         start = 1 if self._us(0) >= _PARALLEL_US else math.ceil(_PARALLEL_US / self._us(1))
-        height = ceil_div(m, ceil_div(m, i64(mr)))
+        # by way of memory: as an expression it makes TVM's region analysis several times slower
+        place = local(1, "int64")
+        T.buffer_store(place, ceil_div(m, ceil_div(m, i64(mr))), [0])
+        height = place[0]
 
         def nests(heights: range, parallel: bool) -> None:
             for h in heights:
@@ -241,7 +243,10 @@ class Builder:
         chunk = max(1, _CHUNK_BYTES // (height * lay.k * 4))
         if parallel:
             share = ceil_div(blocks, ceil_div(_UNITS, lay.panels))
-            chunk = min(chunk, share) if isinstance(m, int) else T.Bind(tirx.min(share, i64(chunk)))
+            if isinstance(m, int):
+                chunk = min(chunk, share)
+            else:
+                chunk = T.Bind(tirx.min(share, i64(chunk)))
         chunks = ceil_div(blocks, chunk)
 
         def unit(index: Any, panel: Any, columns: int) -> None:
@@ -281,7 +286,7 @@ class Builder:
         lay, lanes, vector = self.lay, self.lay.lanes, self.vector
         nr = ceil_div(columns, lanes)
         ways = max(1, min(round(_IN_FLIGHT / (height * nr)), lay.k))
-        acc = T.alloc_buffer((ways * height * nr * lanes,), "float32", scope="local")
+        acc = local(ways * height * nr * lanes, "float32")
 
         def at(way: int, i: int, j: int) -> Any:
             return ramp(((way * height + i) * nr + j) * lanes, lanes)
@@ -311,14 +316,7 @@ class Builder:
             for way in range(1, ways):
                 values = [v + acc[at(way, i, j)] for j, v in enumerate(values)]
             rows.append([v + b for v, b in zip(values, bias, strict=True)] if bias else values)
-        self._store(rows, (row, first * lanes), columns)
-
-    def _store(self, rows, at, valid):
-        e = self.epilogue
-        if self.workload.activation in ("sigmoid", "tanh"):
-            e._store_activated(rows, at, valid)
-        else:
-            e._store_words([[e._simple(y) for y in ys] for ys in rows], at, valid)
+        self.epilogue.store_floats(rows, (row, first * lanes), columns)
 
     def _weight(self, offset: Any) -> Any:
         raw = self.w[ramp(offset, self.lay.step)]

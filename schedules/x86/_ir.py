@@ -10,7 +10,18 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["T", "bits", "i64", "intrinsic", "masked_store", "prim_func", "ramp", "splat", "tirx"]
+__all__ = [
+    "T",
+    "bits",
+    "i64",
+    "intrinsic",
+    "local",
+    "masked_store",
+    "prim_func",
+    "ramp",
+    "splat",
+    "tirx",
+]
 
 
 @contextmanager
@@ -24,6 +35,18 @@ def prim_func(name: str) -> Iterator[IRBuilder]:
 
 def i64(value: int) -> Any:
     return tirx.const(value, "int64")
+
+
+def local(size: int, dtype: str) -> Any:
+    """A buffer in registers or on the stack, however the code around it branches.
+
+    Without the annotation TVM allocates it with a call of its runtime, and LLVM keeps it in
+    registers only in simple loops. The pass StorageRewrite would drop the annotation: builds
+    disable it.
+    """
+    return T.alloc_buffer(
+        (size,), dtype, scope="local", annotations={"disable_lower_builtin": True}
+    )
 
 
 def ramp(base: Any, lanes: int) -> Any:
