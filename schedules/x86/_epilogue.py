@@ -92,7 +92,7 @@ class Epilogue:
                 self._store_word(value, row + i, column + first, valid - first)
 
     def _store_activated(self, rows: list[list[Any]], at: Any, valid: int) -> None:
-        """Sigmoid or tanh, looped over the rows: unrolled, it would be 20 instructions a register.
+        """Sigmoid or tanh, one register at a time in a loop: unrolled, each takes 20 instructions.
 
         The detour over memory keeps the accumulators free of indices known only at run time,
         which would keep them out of registers.
@@ -104,12 +104,13 @@ class Epilogue:
         for i, vectors in enumerate(rows):
             for j, value in enumerate(vectors):
                 T.buffer_store(scratch, value, [ramp((i * width + j) * lanes, lanes)])
+        with T.serial(0, len(rows) * width) as v:
+            where = ramp(v * lanes, lanes)
+            T.buffer_store(scratch, activation(scratch[where], lanes), [where])
         with T.serial(0, len(rows)) as i:
             for j in range(width):
-                y = T.Bind(scratch[ramp((i * width + j) * lanes, lanes)])
-                first = j * lanes
-                value = activation(y, lanes)
-                self._store_word(value, row + i, column + first, valid - first)
+                value = scratch[ramp((i * width + j) * lanes, lanes)]
+                self._store_word(value, row + i, column + j * lanes, valid - j * lanes)
 
     # ---- u8 and s8 ----
     def _store_codes(self, rows: list[list[Any]], at: Any, valid: int) -> None:
