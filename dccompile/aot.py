@@ -13,17 +13,20 @@ every output in order, all int64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
+from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .errors import Problem, UnsupportedError
+from .lanes import substitute, walk
+from .streams import Stream, Streams
 
 ALIGN = 64
 
@@ -34,7 +37,7 @@ class Storage:
 
     kind: str  # input | output | const | work
     index: int = -1  # of the input or output
-    data: np.ndarray | None = None  # of a constant
+    data: np.ndarray | Stream | None = None  # of a constant
     size: Any = 0  # bytes: int, or an expression of symbolic dims
     first: int = 0  # live from this step
     last: int = 0  # to this step
@@ -70,23 +73,28 @@ class Program:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (source, output)
     workspace: Any = 0
     constants: list[Storage] = field(default_factory=list)
+    requirements: list[tuple[Any, str]] = field(default_factory=list)  # (condition, message)
     peak: int | None = None  # largest live set of intermediates, bytes; None: unbounded dims
 
 
 def lower(
     mod: tvm.IRModule,
     bounds: dict[str, int | None],
-    place: Callable[[np.ndarray], int],
+    place: Callable[[np.ndarray | Stream], int],
+    streams: Streams | None = None,
+    requirements: Sequence[tuple[Any, str]] = (),
 ) -> tuple[tvm.IRModule, Program]:
     """Returns the module of PrimFuncs to build, `main` and `plan` among them, and its program.
 
     `mod` holds `main`, a Relax function of call_tir bindings, and the PrimFuncs it calls.
     `bounds` gives the upper bound of each symbolic dim, None where there is none. `place` puts a
-    constant into params and returns its byte offset.
+    constant into params and returns its byte offset; `streams` knows those yet to be made.
+    `requirements` are conditions on the symbols, by name, with the message of the error that `plan`
+    and `main` raise where one does not hold.
 
     Raises UnsupportedError naming every binding that has no static plan.
     """
-    program = _linearize(mod)
+    program = _Linearizer(mod, streams or Streams()).run()
     limits = {v: bounds.get(v.name) for v in program.symbols}
     _plan(program, limits)
     for storage in program.constants:
@@ -96,6 +104,7 @@ def lower(
     for gvar, func in mod.functions_items():
         if isinstance(func, tirx.PrimFunc):
             functions[gvar] = func.with_attr("global_symbol", gvar.name_hint)
+    program.requirements = [(_renamed(c, program.symbols), text) for c, text in requirements]
     out = tvm.IRModule(functions)
     out[tvm.ir.GlobalVar("main")] = _main(program)
     out[tvm.ir.GlobalVar("plan")] = _plan_function(program)
@@ -103,8 +112,9 @@ def lower(
 
 
 class _Linearizer:
-    def __init__(self, mod: tvm.IRModule) -> None:
+    def __init__(self, mod: tvm.IRModule, streams: Streams) -> None:
         self.mod = mod
+        self.streams = streams
         self.env: dict[Any, Any] = {}  # relax.Var -> Tensor | tuple of values | shape
         self.steps: list[Step] = []
         self.constants: dict[int, Storage] = {}
@@ -115,15 +125,15 @@ class _Linearizer:
         value = const.value
         key = value.__chandle__() if hasattr(value, "__chandle__") else id(value)
         if key not in self.constants:
-            array = value.numpy()
-            self.constants[key] = Storage("const", data=array, size=array.nbytes)
+            data = self.streams.find(value) or value.numpy()
+            self.constants[key] = Storage("const", data=data, size=data.nbytes)
             self.keep.append(value)
         storage = self.constants[key]
         assert storage.data is not None
         return Tensor(storage, tuple(int(d) for d in value.shape), str(value.dtype))
 
     def value(self, expr: Any) -> Any:
-        if isinstance(expr, relax.Var):
+        if isinstance(expr, relax.Var) and expr in self.env:
             return self.env[expr]
         if isinstance(expr, tvm.ir.GenericConst):
             return self.constant(expr)
@@ -131,7 +141,7 @@ class _Linearizer:
             return tuple(self.value(e) for e in expr.fields)
         if isinstance(expr, relax.TupleGetItem):
             return self.value(expr.tuple_value)[expr.index]
-        if isinstance(expr, relax.ShapeExpr):
+        if isinstance(expr, relax.ShapeExpr) or tvm.ir.is_prim_expr(expr):
             return expr
         raise KeyError(type(expr).__name__)
 
@@ -183,6 +193,7 @@ class _Linearizer:
             for dim in shape:
                 if isinstance(dim, tirx.Var) and not any(dim.same_as(s) for s in symbols):
                     symbols.append(dim)
+                    self.env[dim] = dim
             tensor = Tensor(Storage("input", index), shape, str(param.ty.dtype))
             self.env[param] = tensor
             inputs.append(tensor)
@@ -216,10 +227,6 @@ class _Linearizer:
         program = Program(inputs, outputs, self.steps, symbols, copies)
         program.constants = list(self.constants.values())
         return program
-
-
-def _linearize(mod: tvm.IRModule) -> Program:
-    return _Linearizer(mod).run()
 
 
 def _no_plan(name: str, reason: str) -> Problem:
@@ -274,6 +281,23 @@ def _at(size: Any, limits: dict[Any, int | None], default: int) -> int:
     return int(analyzer.simplify(size))
 
 
+def _most(size: Any, limits: dict[Any, int | None]) -> int | None:
+    """The largest value of an expression over dims from 1 to their bounds; None: no bound."""
+    if isinstance(size, int):
+        return size
+    analyzer = tvm.sym.Analyzer()
+    for symbol, limit in limits.items():
+        if limit is None:
+            return None
+        extent = tirx.const(limit, "int64")
+        analyzer.bind(symbol, tvm.ir.Range.from_min_extent(tirx.const(1, "int64"), extent))
+    most = int(analyzer.const_int_bound(analyzer.simplify(size)).max_value)
+    return _round_up(max(0, most)) if most < _NO_BOUND else None
+
+
+_NO_BOUND = 1 << 46  # bytes: more than an address space; the analysis found no useful bound
+
+
 def _plan(program: Program, limits: dict[Any, int | None]) -> None:
     """Gives every workspace storage its live range and offset."""
     blocks: list[Storage] = []
@@ -284,9 +308,10 @@ def _plan(program: Program, limits: dict[Any, int | None]) -> None:
                     tensor.storage.first = index
                     blocks.append(tensor.storage)
                 tensor.storage.last = index
-    if all(limit is not None for limit in limits.values()):
-        for block in blocks:
-            block.size = _at(block.size, limits, 1)
+    sizes = [_most(block.size, limits) for block in blocks]
+    if None not in sizes:
+        for block, size in zip(blocks, sizes, strict=True):
+            block.size = size
         program.workspace = _first_fit(blocks)
         program.peak = max(
             (
@@ -341,6 +366,24 @@ def _extent(dims: tuple[Any, ...]) -> list[Any]:
     return [tirx.const(d, "int64") if isinstance(d, int) else d for d in dims]
 
 
+def _renamed(condition: Any, symbols: list[Any]) -> Any:
+    """The condition over the program's own variables of the same names."""
+    names = {s.name: s for s in symbols}
+    return substitute(condition, {v: names[v.name] for v in walk(condition) if _is_var(v)})
+
+
+def _is_var(node: Any) -> bool:
+    return isinstance(node, tirx.Var)
+
+
+def _require(program: Program) -> None:
+    """Checks, in the function being built, what the symbols must satisfy."""
+    for condition, message in program.requirements:
+        # AssertStmt's constructor hands its first two arguments on in the order condition, kind.
+        text = [StringImm(message)]
+        T.add_to_parent(tirx.AssertStmt(condition, StringImm("ValueError"), text))
+
+
 def _main(program: Program) -> tirx.PrimFunc:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
@@ -377,6 +420,7 @@ def _main(program: Program) -> tirx.PrimFunc:
                 tirx.const(0, "int64"),
             )
 
+        _require(program)
         for step in program.steps:
             args = [array(a) if isinstance(a, Tensor) else a for a in step.args]
             args += [array(t) for t in step.outputs]
@@ -400,6 +444,7 @@ def _plan_function(program: Program) -> tirx.PrimFunc:
         result = T.arg("result", T.buffer((len(results),), "int64"))
         for i, symbol in enumerate(program.symbols):
             T.Bind(symbols[i], var=symbol)
+        _require(program)
         for i, expr in enumerate(results):
             T.buffer_store(
                 result, tirx.const(expr, "int64") if isinstance(expr, int) else expr, [i]

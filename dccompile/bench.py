@@ -31,6 +31,7 @@ def run(
     targets: Sequence[str],
     shapes: Mapping[str, Sequence[int | str]] | None,
     precision: str,
+    embedding: str,
     inputs: Sequence[str],
     batches: Sequence[int],
     threads: Sequence[int],
@@ -43,7 +44,8 @@ def run(
     if source.kind == "dcm" and peers:
         source.onnx()  # raises: the peers need the model itself
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder:
-        path, compiled = artifact_of(source, targets, shapes, precision, Path(folder), progress)
+        how = targets, shapes, precision, embedding
+        path, compiled = artifact_of(source, *how, Path(folder), progress)
         rows = []
         for batch in batches:
             for count in threads:
@@ -57,6 +59,7 @@ def artifact_of(
     targets: Sequence[str],
     shapes: Mapping[str, Sequence[int | str]] | None,
     precision: str,
+    embedding: str,
     folder: Path,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
@@ -72,6 +75,7 @@ def artifact_of(
         targets=targets,
         shapes=shapes,
         precision=precision,
+        embedding=embedding,
         name=source.name,
         progress=lambda event: progress.step(f"compile: {event.get('step', '')}"),
     )

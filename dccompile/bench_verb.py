@@ -36,8 +36,9 @@ def _model(options: Options, threads: list[int]) -> int:
         result = benches.run(
             source,
             targets=options.target or ["host"],
-            shapes=sources.parse_shapes(options.shape),
+            shapes=source.shapes(options.shape),
             precision=options.precision,
+            embedding=options.embedding,
             inputs=options.input,
             batches=sources.parse_counts(options.batch or ["1"], "--batch"),
             threads=threads,

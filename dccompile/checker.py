@@ -29,6 +29,7 @@ def check(
     targets: str | Sequence[str] = ("host",),
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str = "keep",
+    embedding: str = "keep",
 ) -> Report:
     """Reports every problem of a model at once, by node name, or how each node would run.
 
@@ -46,7 +47,7 @@ def check(
     source = model.SerializeToString() if hasattr(model, "SerializeToString") else model
     kernels: dict[str, str] = {}
     try:
-        front = pipeline.front(source, dict(shapes) if shapes else None, precision)
+        front = pipeline.front(source, dict(shapes) if shapes else None, precision, embedding)
         for machine in machines:
             lowered = pipeline.lower(front, machine, pipeline.Constants())
             for placed in lowered.placed:

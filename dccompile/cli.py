@@ -56,6 +56,12 @@ def parser() -> _Parser:
         "--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224 or x:1..64x13"
     )
     compiling.add_argument("--precision", default="keep", choices=["keep", "fp16-weights"])
+    compiling.add_argument(
+        "--embedding",
+        default="keep",
+        choices=["keep", "fp16", "int8", "int4"],
+        help="how rows of embedding tables are stored (keep)",
+    )
     seeded = _Parser(add_help=False)
     seeded.add_argument("--seed", type=int, default=0, help="of a reference model's weights (0)")
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
 from .machine import Machine
-from .workload import Gemm, GemmWeights
+from .workload import EmbeddingBag, EmbeddingTables, Gemm, GemmWeights, Interaction
+
+WorkloadT = TypeVar("WorkloadT", Gemm, EmbeddingBag, Interaction)
+WeightsT = TypeVar("WeightsT", GemmWeights, EmbeddingTables, None)
 
 
-class Kernel(ABC):
-    """One hand-written kernel: ``<op>_<a><b><c>_<isa>`` names file, list entry, log and bench row.
+class Kernel(ABC, Generic[WorkloadT, WeightsT]):
+    """One hand-written kernel: ``<op>_<dtypes>_<isa>`` names file, list entry, log and bench row.
 
-    `features` are the CPU flags it needs, `Params` a frozen dataclass of its knobs whose fields'
-    legal values `SPACE` lists.
+    It is for workloads of the operator `op`. `features` are the CPU flags it needs, `Params` a
+    frozen dataclass of its knobs whose fields' legal values `SPACE` lists.
     """
 
     name: ClassVar[str]
@@ -29,8 +32,12 @@ class Kernel(ABC):
     Params: ClassVar[type]
     SPACE: ClassVar[dict[str, tuple[Any, ...]]]
 
+    @property
+    def op(self) -> str:
+        return self.name.rsplit("_", 2)[0]
+
     @abstractmethod
-    def refuses(self, workload: Gemm) -> str | None:
+    def refuses(self, workload: WorkloadT) -> str | None:
         """Why this kernel cannot run the workload, or None if it can."""
 
     @abstractmethod
@@ -38,20 +45,26 @@ class Kernel(ABC):
         """Vector registers that a micro-kernel of these parameters keeps alive."""
 
     @abstractmethod
-    def default(self, workload: Gemm, machine: Machine) -> Any:
+    def default(self, workload: WorkloadT, machine: Machine) -> Any:
         """Parameters to use where no tuning record speaks."""
 
     @abstractmethod
-    def pack(self, workload: Gemm, weights: GemmWeights, params: Any) -> np.ndarray:
+    def pack(self, workload: WorkloadT, weights: WeightsT, params: Any) -> np.ndarray:
         """All constants of the kernel as one buffer: uint8 (bytes,), bytes a multiple of 64."""
 
     @abstractmethod
-    def build(self, workload: Gemm, params: Any, machine: Machine) -> Any:
+    def build(self, workload: WorkloadT, params: Any, machine: Machine) -> Any:
         """The kernel as a ``tvm.tirx.PrimFunc``.
 
-        Parameters, in order: A (m, k); W (bytes,) uint8, as packed; with workload.runtime
-        a_zero (1,) and, unless out is s32, a_scale (1,) f32; C (m, n). Every buffer is row-major
-        and 64-byte aligned; m is a symbolic int64 where the workload leaves it open.
+        Every buffer is row-major and 64-byte aligned, W (bytes,) uint8 is as packed. In order,
+
+        - gemm: A (m, k); W; with workload.runtime a_zero (1,) and, unless out is s32, a_scale
+          (1,) f32; C (m, n)
+        - embedding_bag: index; unless the layout is 'fixed' its offsets or lengths; with
+          workload.weighted the weights, f32, of the index's shape; W; out (bags, tables, dim) f32
+        - interaction: dense (bags, dim); rows (bags, vectors - 1, dim); out (bags, dim + pairs)
+
+        m, bags and the number of terms are symbolic int64 where the workload leaves them open.
         """
 
     def candidates(self, machine: Machine) -> Iterator[Any]:

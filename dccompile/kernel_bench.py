@@ -111,9 +111,10 @@ def cases(pattern: str | None, target: Machine | None) -> list[Case]:
                 work = workload(form, 64, 512, 512)
                 chosen.append(Case(registry.select(work, machine).kernel, machine, form))
         return chosen
-    found = [k for k in registry.kernels() if fnmatch.fnmatchcase(k.name, pattern)]
+    known = [k for k in registry.kernels() if k.op == "gemm"]
+    found = [k for k in known if fnmatch.fnmatchcase(k.name, pattern)]
     if not found:
-        names = ", ".join(k.name for k in registry.kernels())
+        names = ", ".join(k.name for k in known)
         raise UsageError(f"--kernels {pattern!r}: no such kernel. Fix: name some of {names}")
     return [case for kernel in found for case in _forms(kernel, target)]
 

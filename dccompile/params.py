@@ -16,6 +16,8 @@ from .errors import IncompatibleError
 if TYPE_CHECKING:
     import numpy as np
 
+    from .streams import Stream
+
 ALIGN = 64
 _MAX_HEADER = 100 << 20  # the limit of the safetensors readers
 _CODES = {
@@ -41,7 +43,7 @@ class Packed:
     """A params file to be written: `offsets` are bytes into the data section of `data_size`."""
 
     header: bytes
-    arrays: tuple[np.ndarray, ...]
+    arrays: tuple[np.ndarray | Stream, ...]
     offsets: dict[str, int]
     data_size: int
 
@@ -55,13 +57,15 @@ class Packed:
 
         yield self.header
         for array in self.arrays:
-            flat = np.ascontiguousarray(array).reshape(-1)
-            yield flat.view(np.uint8).data
-            if gap := -flat.nbytes % ALIGN:
+            if isinstance(array, np.ndarray):
+                yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            else:
+                yield from array.chunks()
+            if gap := -array.nbytes % ALIGN:
                 yield bytes(gap)
 
 
-def pack_params(tensors: Sequence[tuple[str, np.ndarray]]) -> Packed:
+def pack_params(tensors: Sequence[tuple[str, np.ndarray | Stream]]) -> Packed:
     """Lays the tensors out in the order given, row-major, little-endian.
 
     Raises ValueError on a name used twice or a dtype that safetensors lacks.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from . import aot, legalize, linker, params
+from . import aot, legalize, linker, params, stack
 from .errors import UnsupportedError
 from .frontend import convert, gate, operators, recover
 from .machine import Machine
@@ -55,7 +55,7 @@ class Constants:
         else:
             array = np.ascontiguousarray(array)
             digest = hashlib.sha256(f"{array.dtype}{array.shape}".encode())
-            digest.update(array.view(np.uint8) if array.ndim else array.tobytes())
+            digest.update(array.reshape(-1).view(np.uint8).data)
             key = digest.digest()
         if key not in self.offsets:
             self.offsets[key] = self.size
@@ -77,7 +77,7 @@ class Constants:
 def front(
     model: str | bytes, shapes: dict[str, Any] | None, precision: str, embedding: str = "keep"
 ) -> Front:
-    """Reads, validates and recovers. Raises ModelError or UnsupportedError listing every problem."""
+    """Reads, validates, recovers. Raises ModelError or UnsupportedError listing every problem."""
     graph = gate.read(model, shapes)
     recovered = recover.recover(graph.model, graph.constants, precision, embedding)
     problems = [*gate.unknown_operators(graph.model), *operators.hazards(recovered.model)]
@@ -88,17 +88,17 @@ def front(
 
 def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     """Everything up to code generation for one machine; adds its constants."""
-    imported = convert.to_relax(front.recovered, machine)
+    imported = convert.to_relax(front.recovered, machine, front.graph.symbols)
     mod, report = legalize.fuse_report(imported.mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
-    mod, program = aot.lower(mod, bounds, constants.place, imported.streams)
+    requirements = [(r.condition, r.message) for r in imported.requirements]
+    mod, program = aot.lower(mod, bounds, constants.place, imported.streams, requirements)
     return Lowered(machine, mod, program, imported.placed, report.left)
 
 
 def generate(lowered: Lowered, library: Path) -> None:
     """Writes the shared library of a variant."""
-    with tvm.transform.PassContext(config=legalize.BUILD_CONFIG):
-        built = tvm.tirx.build(lowered.mod, legalize.target_of(lowered.machine))
+    built = stack.build(lowered.mod, legalize.target_of(lowered.machine))
     objects = library.with_suffix(".o")
     built.write_to_file(str(objects))
     linker.link([objects], library)

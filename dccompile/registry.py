@@ -9,7 +9,7 @@ from typing import Any
 from .errors import ScheduleError
 from .kernel import Kernel
 from .machine import Machine
-from .workload import Gemm
+from .workload import EmbeddingBag, Gemm, Interaction
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ def runnable(machine: Machine) -> list[Kernel]:
     return [k for k in kernels() if set(k.features) <= set(machine.features)]
 
 
-def select(workload: Gemm, machine: Machine) -> Choice:
+def select(workload: Gemm | EmbeddingBag | Interaction, machine: Machine) -> Choice:
     """The first kernel of the list that the machine can run and that takes the workload.
 
     Raises ScheduleError, with every refusal, where there is none.
     """
     refusals = []
     for kernel in runnable(machine):
+        if kernel.op != workload.op:
+            continue
         reason = kernel.refuses(workload)
         if reason is None:
             params = kernel.default(workload, machine)

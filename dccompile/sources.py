@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +34,39 @@ class Source:
         if self.kind == "reference":
             from . import models
 
+            if models.size(self.name) >= models.LARGE:
+                return _saved(self.name, self.seed)
             return bytes(models.export(self.name, self.seed).SerializeToString())
         raise UsageError(
             f"MODEL '{self.path}': an artifact, this needs the ONNX model. "
             "Fix: name the .onnx file or the reference model that it was compiled from"
         )
 
+    def shapes(self, options: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:
+        """What --shape says; by default a recommendation model takes any batch up to 256."""
+        given = parse_shapes(options)
+        if given is None and self.kind == "reference":
+            from . import models
+
+            return models.shapes(self.name) if models.size(self.name) else None
+        return given
+
     def compilable(self) -> Any:
         """What `compile` and `check` take."""
         source = self.onnx()
         return str(source) if isinstance(source, Path) else source
+
+
+@lru_cache(maxsize=1)
+def _saved(name: str, seed: int) -> Path:
+    """A large reference model as a file that lasts as long as this process."""
+    from . import models
+
+    folder = tempfile.TemporaryDirectory(prefix="dccompile-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / f"{name}.onnx"
+    models.save(name, path, seed)
+    return path
 
 
 def resolve(text: str, seed: int = 0) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -31,9 +30,14 @@ def models(options: Options) -> int:
             )
         with Progress(options.quiet) as progress:
             progress.step(f"make the weights of {options.name} from seed {options.seed}")
-            data = zoo.export(options.name, options.seed).SerializeToString()
-        _write(path, data)
-        out(f"{path}  {_size(len(data))}")
+            try:
+                files = zoo.save(options.name, path, options.seed)
+            except OSError as error:
+                raise UsageError(
+                    f"-o '{path}': {error.strerror or error}. Fix: name a file that can be written"
+                ) from None
+        for file in files:
+            out(f"{file}  {_size(file.stat().st_size)}")
         return 0
     rows = zoo.names()
     if options.json:
@@ -53,8 +57,9 @@ def check(options: Options) -> int:
         report = run(
             source.compilable(),
             targets=options.target or ["host"],
-            shapes=sources.parse_shapes(options.shape),
+            shapes=source.shapes(options.shape),
             precision=options.precision,
+            embedding=options.embedding,
         )
     problems = [
         {"code": p.code, "where": p.where, "found": p.found, "fix": p.fix} for p in report.problems
@@ -86,8 +91,9 @@ def compile_(options: Options) -> int:
         made = compile(
             source.compilable(),
             targets=options.target or list(DEFAULT_TARGETS),
-            shapes=sources.parse_shapes(options.shape),
+            shapes=source.shapes(options.shape),
             precision=options.precision,
+            embedding=options.embedding,
             name=source.name,
             progress=lambda event: progress.step(_step(event)),
         )
@@ -106,6 +112,7 @@ def compile_(options: Options) -> int:
             out()
         _precision_lines(manifest["nodes"])
         _kernel_lines(manifest)
+        _table_lines(manifest)
         variants = ", ".join(v["target"] for v in manifest["variants"])
         out(f"variants: {variants}")
         out(f"{path}: {_size(size)} in {made.seconds:.1f} s")
@@ -244,8 +251,9 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
     made = compile(
         source.compilable(),
         targets=options.target or ["host"],
-        shapes=sources.parse_shapes(options.shape),
+        shapes=source.shapes(options.shape),
         precision=options.precision,
+        embedding=options.embedding,
         name=source.name,
         progress=lambda event: progress.step(_step(event)),
     )
@@ -256,20 +264,6 @@ def _step(event: dict[str, Any]) -> str:
     """A progress event of the compiler as a line."""
     target = f" for {event['target']}" if event.get("target") else ""
     return f"compile: {event.get('step', '')}{target}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(
-            f"-o '{path}': {error.strerror or error}. Fix: name a file that can be written"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _size(count: int) -> str:
@@ -294,12 +288,35 @@ def _precision_lines(nodes: list[dict[str, Any]]) -> None:
         out(f"left in float: {', '.join(names[:4])}{more}: {reason}")
 
 
+def _table_lines(manifest: dict[str, Any]) -> None:
+    """How the embedding tables are stored, and the worst of their errors."""
+    by_precision: dict[str, list[dict[str, Any]]] = {}
+    for row in manifest.get("tables", []):
+        by_precision.setdefault(row["precision"], []).append(row)
+    for precision, rows in by_precision.items():
+        worst = max(rows, key=lambda row: row["relative_error"])
+        error = ""
+        if worst["relative_error"]:
+            error = f", relative error up to {worst['relative_error']:.2e} ('{worst['name']}')"
+        out(f"tables: {len(rows)} {precision}, {_size(sum(r['bytes'] for r in rows))}{error}")
+
+
+def _kernel_shape(work: dict[str, Any]) -> str:
+    """The sizes of a kernel's workload: m x n x k, tables x rows x dim, bags x vectors x dim."""
+    if work["op"] == "embedding_bag":
+        sizes = [len(work["rows"]), max(work["rows"]), work["dim"]]
+    else:
+        names = ("bags", "vectors", "dim") if work["op"] == "interaction" else ("m", "n", "k")
+        sizes = [work.get(name) for name in names]
+    return "x".join(str(size or "?") for size in sizes)
+
+
 def _kernel_table(manifest: dict[str, Any]) -> None:
     rows = []
     for variant in manifest["variants"]:
         for kernel in variant.get("kernels", []):
             work = kernel["workload"]
-            shape = "x".join(str(work.get(d) or "?") for d in ("m", "n", "k"))
+            shape = _kernel_shape(work)
             params = ", ".join(f"{k}={v}" for k, v in kernel["params"].items())
             name, source = kernel["name"], kernel["source"]
             rows.append((variant["target"], kernel["node"], shape, name, params, source))

@@ -122,6 +122,8 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
     import tvm
     import tvm_ffi
 
+    from .frontend.tables import report
+
     graph = front.graph
     variants = []
     for low in lowered:
@@ -149,6 +151,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             }
         )
     chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
+    tables = [row for site in front.recovered.bags.values() for row in report(site)]
     nodes = [{**n, "kernel": chosen.get(n["site"])} for n in front.recovered.nodes]
     return {
         "format": 1,
@@ -165,6 +168,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
         ],
         "variants": variants,
         "nodes": nodes,
+        "tables": tables,
         "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
         "runtime": {"tvm_ffi": tvm_ffi.__version__},
     }

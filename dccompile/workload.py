@@ -196,6 +196,37 @@ class EmbeddingTables:
     tables: list[np.ndarray]
     names: tuple[str, ...] = ()
 
-    def name(self, table: int) -> str:
-        return self.names[table] if self.names else str(table)
 
+@dataclass(frozen=True)
+class Interaction:
+    """out[b] = dense[b], then the dot products of pairs of the vectors x of b, f32.
+
+    x[0] is dense[b] (dim,), x[1] .. x[vectors - 1] are rows[b] (vectors - 1, dim). Pairs (i, j)
+    are in the order of i, then of j; with order 'lower' j < i, with 'upper' j > i, and j = i too
+    with `diagonal`. Sums of dim products, f32, in any order.
+    """
+
+    vectors: int
+    dim: int
+    bags: int | None = None  # None: known when called
+    order: str = "lower"  # lower | upper
+    diagonal: bool = False
+
+    op = "interaction"
+    dtypes = "f32f32f32"
+
+    @property
+    def pairs(self) -> int:
+        return self.vectors * (self.vectors - 1) // 2 + self.vectors * self.diagonal
+
+    def row(self, i: int) -> range:
+        """The j that vector i is multiplied with."""
+        own = int(self.diagonal)
+        return range(i + own) if self.order == "lower" else range(i + 1 - own, self.vectors)
+
+    def describe(self) -> str:
+        bags = "?" if self.bags is None else str(self.bags)
+        return f"interaction f32 {bags}x{self.vectors}x{self.dim}, {self.order} triangle"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"op": self.op, **asdict(self)}

@@ -25,8 +25,12 @@ DENSE = 13
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes; an empty `bottom` leaves the top MLP alone, fed with floats (N, top[0])."""
+    """Sizes; an empty `bottom` leaves the top MLP alone, fed with floats (N, top[0]).
 
+    `graph` names the file that holds the graph, for whatever number of rows.
+    """
+
+    graph: str = "dlrm"
     bottom: tuple[int, ...] = (DENSE, 512, 256, 64)
     top: tuple[int, ...] = (512, 512, 256, 1)  # behind the interaction
     tables: int = 26
@@ -35,9 +39,13 @@ class Config:
 
 
 CONFIGS = {
-    "dlrm": Config(),
-    "dlrm-mlp": Config(bottom=(), top=(512, 512, 512, 256, 1), tables=0),
+    "dlrm-small": Config(),
+    "dlrm": Config(rows=100_000),
+    "dlrm-1g": Config(rows=534_000),  # of 72 bytes as int8, in 26 tables: 1.0 GB
+    "dlrm-clicks": Config("dlrm-clicks", (DENSE, 32, 16), (64, 32, 1), 8, 500, 4),
+    "dlrm-mlp": Config("dlrm-mlp", bottom=(), top=(512, 512, 512, 256, 1), tables=0),
 }
+_TRACED = ("dlrm-small", "dlrm-clicks", "dlrm-mlp")  # whose graphs and scales lie in this folder
 
 
 def path(graph: str, suffix: str = "onnx") -> Path:
@@ -45,9 +53,9 @@ def path(graph: str, suffix: str = "onnx") -> Path:
     return Path(__file__).with_name(f"{graph}.{suffix}")
 
 
-def inputs(graph: str, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """Random inputs for a graph of this file."""
-    config = CONFIGS[graph]
+def inputs(name: str, batch: int, seed: int) -> dict[str, np.ndarray]:
+    """Random inputs for a model of this file."""
+    config = CONFIGS[name]
     rng = np.random.default_rng(seed)
     if not config.bottom:
         return {"x": rng.standard_normal((batch, config.top[0]), np.float32)}
@@ -93,24 +101,24 @@ def module(config: Config) -> Any:
     return Dlrm() if config.bottom else mlp(config.top, nn.Sigmoid)
 
 
-def trace(graph: str) -> onnx.ModelProto:
+def trace(name: str) -> onnx.ModelProto:
     """The graph as PyTorch exports it now, weights stripped."""
     import torch
     from dccompile.models.weights import strip
 
-    feeds = {name: torch.from_numpy(value) for name, value in inputs(graph, 2, 0).items()}
+    feeds = {key: torch.from_numpy(value) for key, value in inputs(name, 2, 0).items()}
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter that needs no package beside torch is old
         torch.onnx.export(
-            module(CONFIGS[graph]).eval(),
+            module(CONFIGS[name]).eval(),
             tuple(feeds.values()),
             file,
             dynamo=False,
             opset_version=17,
             input_names=list(feeds),
             output_names=["y"],
-            dynamic_axes={name: {0: "N"} for name in (*feeds, "y")},
+            dynamic_axes={key: {0: "N"} for key in (*feeds, "y")},
         )
     model = onnx.ModelProto.FromString(file.getvalue())
     for node in model.graph.node:
@@ -120,15 +128,21 @@ def trace(graph: str) -> onnx.ModelProto:
 
 
 def _export() -> None:
+    from dccompile.models import clicks
     from dccompile.models.qdq import calibrate
     from dccompile.models.weights import fill
 
-    for graph in CONFIGS:
-        model = trace(graph)
+    for name in _TRACED:
+        model = trace(name)
+        graph = CONFIGS[name].graph
         path(graph).write_bytes(model.SerializeToString(deterministic=True))
-        fill(model, 0)
-        scales = calibrate(model, inputs(graph, 256, 1))
-        path(graph, "json").write_text(json.dumps(scales, indent=1) + "\n")
+        if name == "dlrm-clicks":
+            fill(model, 0, clicks.weights())
+            feeds, _ = clicks.samples(4096, 3)
+        else:
+            fill(model, 0)
+            feeds = inputs(name, 256, 1)
+        path(graph, "json").write_text(json.dumps(calibrate(model, feeds), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,10 @@ class Editor:
         node = self._producers.get(name)
         return node if node is not None and (not ops or is_op(node, *ops)) else None
 
+    def users(self, name: str) -> list[NodeProto]:
+        """The nodes that read a value."""
+        return self._users.get(name, [])
+
     def only_user(self, name: str) -> NodeProto | None:
         """The one node that reads a value; None if several do, or it is a graph output."""
         users = self._users.get(name, [])

@@ -35,7 +35,7 @@ def fold(editor: Editor, *, weights: bool) -> None:
     for node in editor.nodes:
         if node.domain not in STANDARD:
             continue
-        if node.op_type == "Identity" and editor.constant(node.input[0]) is None:
+        if _is_identity(editor, node) and editor.constant(node.input[0]) is None:
             if editor.rename_uses(node.output[0], node.input[0]):
                 changes[node.name] = []
             continue
@@ -50,6 +50,13 @@ def fold(editor: Editor, *, weights: bool) -> None:
         if not any(name in editor.outputs for name in node.output):
             changes[node.name] = []
     editor.rewrite(changes)
+
+
+def _is_identity(editor: Editor, node: NodeProto) -> bool:
+    """Whether a node gives what it reads: Identity, or a Cast to the type that it has."""
+    if node.op_type == "Cast":
+        return attribute(node, "to") == editor.dtype(node.input[0])
+    return node.op_type == "Identity"
 
 
 def _evaluate(

@@ -14,7 +14,7 @@ fl(fl(fl(alpha * a_scale) * b_scale[n]) / y_scale), and a float bias is fl(bias 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -22,9 +22,12 @@ from onnx import NodeProto, TensorProto
 
 from dccompile.workload import Gemm, GemmWeights, accumulator_bound
 
+from . import bags, interaction
+from .bags import BagSite, recover_bags
 from .editor import Editor, attribute, is_op, operand, static_size
 from .epilogue import Epilogue, Tail, column_constant, take_activation, take_bias
 from .fold import fold
+from .interaction import InteractionSite, recover_interactions
 from .normalize import normalize
 from .products import Product, check_scale, integer_product, matrix_weights, product
 from .quantized import Constant, Refused, constant_operand
@@ -49,27 +52,31 @@ class GemmSite:
 
 @dataclass
 class Recovered:
-    """The rewritten model, its multiplications by site, and every node of the model given.
+    """The rewritten model, what was recovered by site, and every node of the model given.
 
-    nodes: dicts of name, op, precision (a GemmSite's, "folded" for what is computed at compile
-    time, or the dtype of the output), reason ("" or why it does not run in 8 bits) and site (the
-    DccGemm that computes the node, or "").
+    nodes: dicts of name, op, precision (that of its site, "folded" for what is computed at compile
+    time, or the dtype of the output), reason ("" or why no hand-written kernel runs it, or not in
+    8 bits) and site (the recovered node that computes the node, or "").
     """
 
     model: onnx.ModelProto
-    gemms: dict[str, GemmSite]
     nodes: list[dict[str, str]]
+    gemms: dict[str, GemmSite]
+    bags: dict[str, BagSite] = field(default_factory=dict)
+    interactions: dict[str, InteractionSite] = field(default_factory=dict)
 
 
 def recover(
     model: onnx.ModelProto,
     constants: Mapping[str, np.ndarray] | None = None,
     precision: str = "keep",
+    embedding: str = "keep",
 ) -> Recovered:
     """Rewrites a valid model whose shapes are inferred; the model given is not changed.
 
     `constants` gives the data of initializers (the gate's may lie outside of the model). precision
-    "fp16-weights" rounds float32 weights to float16 where all of them stay finite.
+    "fp16-weights" rounds float32 weights to float16 where all of them stay finite. embedding is
+    the storage of the tables of embedding bags: keep, fp16, int8 or int4.
     """
     editor = Editor(model, constants)
     normalize(editor)
@@ -77,21 +84,29 @@ def recover(
     sink_dequantize(editor)
     fold(editor, weights=False)
     recovery = _Recovery(editor, precision == "fp16-weights")
+    recovery.bags = recover_bags(editor, embedding)
+    recovery.interactions = recover_interactions(editor)
+    for found in (recovery.bags, recovery.interactions):
+        recovery.reasons.update(found.reasons)
     for node in editor.nodes:
         if is_op(node, "MatMul", "Gemm", "MatMulInteger"):
             try:
                 recovery.visit(node)
             except Refused as refused:
-                recovery.reasons[node.name] = str(refused)
+                recovery.reasons.setdefault(node.name, str(refused))
     editor.rewrite(recovery.changes)
     fold(editor, weights=True)
-    return Recovered(editor.finish(), recovery.gemms, recovery.report())
+    report = recovery.report()
+    sites = recovery.gemms, recovery.bags.sites, recovery.interactions.sites
+    return Recovered(editor.finish(), report, *sites)
 
 
 class _Recovery:
     def __init__(self, editor: Editor, half: bool) -> None:
         self.editor = editor
         self.half = half
+        self.bags = bags.Found()
+        self.interactions = interaction.Found()
         self.gemms: dict[str, GemmSite] = {}
         self.changes: dict[str, list[NodeProto]] = {}
         self.reasons: dict[str, str] = {}
@@ -240,13 +255,14 @@ class _Recovery:
         editor = self.editor
         for node in editor.nodes:
             quantized = any(editor.producer(name, "DequantizeLinear") for name in node.input)
-            if quantized and node.op_type not in (OP, "QuantizeLinear"):
+            if quantized and node.domain != DOMAIN and node.op_type != "QuantizeLinear":
                 reason = f"no 8-bit kernel for {node.op_type}: computed between two conversions"
                 self.reasons.setdefault(node.name, reason)
-        sites: dict[str, GemmSite] = {}
-        for site in self.gemms.values():
-            for name in site.nodes:
-                sites.setdefault(name, site)
+        sites: dict[str, GemmSite | BagSite | InteractionSite] = {}
+        for found in (self.gemms, self.bags.sites, self.interactions.sites):
+            for site in found.values():
+                for name in site.nodes:
+                    sites.setdefault(name, site)
         alive = {name for node in editor.nodes for name in editor.origin[node.name]}
         reasons = {
             origin: reason
