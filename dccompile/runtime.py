@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from typing import Any
+
+import numpy as np
 
 from . import artifact as dcm
 from . import ffi
@@ -24,6 +28,7 @@ def load(
     threads: int | None = None,
     device: str = "cpu",
     target: str | None = None,
+    huge_pages: bool = False,
 ) -> Module:
     """Loads an artifact, in its best variant for this CPU or in the one named `target`.
 
@@ -31,6 +36,10 @@ def load(
     OMP_NUM_THREADS, the affinity mask and cgroup quota). The process has one set of worker
     threads, which nothing pins: a call from another Python thread that finds them at work runs
     on its own thread alone. A forked child starts workers of its own.
+
+    `huge_pages` copies the weights into memory of 2 MiB pages where the kernel grants them: for
+    tables beyond the reach of the address cache (1 GB and more), at the price of a copy per
+    process instead of one mapping shared by all.
 
     The whole file is checked against its hashes before any of its code runs; the weights stay
     mapped from it, so replace the file by renaming, never write into it. Raises
@@ -54,6 +63,8 @@ def load(
         data = aligned((0,), uint8)
         if variant["params"] is not None:
             data = file.params(variant["params"])
+            if huge_pages:
+                data = _on_huge_pages(data)
         if data.__array_interface__["data"][0] % ALIGN and data.nbytes:
             raise IncompatibleError(
                 f"{where}: the weights are not on a {ALIGN}-byte boundary. "
@@ -70,6 +81,16 @@ def load(
                     "DC4011",
                 )
         return Module(file.manifest, variant["target"], library, data, threads)
+
+
+def _on_huge_pages(data: np.ndarray) -> np.ndarray:
+    """A copy in memory that asks for huge pages; page-aligned, as mmap gives it."""
+    memory = mmap.mmap(-1, max(1, data.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: the copy serves all the same
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    copy = np.frombuffer(memory, np.uint8)[: data.nbytes]
+    copy[...] = data
+    return copy
 
 
 def _choose(file: dcm.Artifact, target: str | None) -> dict[str, Any]:
