@@ -111,7 +111,11 @@ def parser() -> _Parser:
     add.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL)
     what = add.add_mutually_exclusive_group()
     what.add_argument(
-        "--kernels", nargs="?", const="", metavar="GLOB", help="kernels over the deployed shapes"
+        "--kernels",
+        nargs="?",
+        const="",
+        metavar="GLOB",
+        help="kernels over the deployed shapes: gemm_* (default) or embedding_bag_*",
     )
     what.add_argument("--overhead", action="store_true", help="what a call of a tiny model costs")
     add.add_argument("--against", metavar="PEERS", help="onnxruntime,openvino,torch,tvm")

@@ -116,15 +116,15 @@ def embedding_bag(
     workload: EmbeddingBag,
     tables: EmbeddingTables,
     index: np.ndarray,
-    cuts: np.ndarray | None = None,
+    offsets: np.ndarray | None = None,
     weight: np.ndarray | None = None,
 ) -> np.ndarray:
     """out (bags, tables, dim) f32, bit by bit as the docstring of `EmbeddingBag` defines it.
 
-    `cuts` are the offsets or lengths of a layout other than 'fixed', `weight` has the shape of
+    `offsets`, or lengths, are given where the layout is not 'fixed'; `weight` has the shape of
     `index`. Every index must be allowed.
     """
-    bags, terms = _bags(workload, index.shape, cuts)
+    bags, terms = _bags(workload, index.shape, offsets)
     out = np.zeros((len(bags), workload.tables, workload.dim), np.float32)
     flat = index.reshape(-1)
     factor = None if weight is None else weight.reshape(-1)
@@ -178,6 +178,6 @@ def _rows(workload: EmbeddingBag, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     width = (workload.dim + 1) // 2 if workload.storage == "u4" else workload.dim
     codes = rows[:, :width]
     if workload.storage == "u4":
-        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(rows), -1)
+        codes = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(rows), 2 * width)
     parts = np.ascontiguousarray(rows[:, width:]).view(NUMPY[workload.scale]).astype(np.float32)
     return codes[:, : workload.dim].astype(np.float32), parts[:, :1], parts[:, 1:]

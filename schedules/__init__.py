@@ -20,6 +20,16 @@ KERNELS: tuple[str, ...] = (
     "x86.gemm_f32f32f32_avx2",
     "x86.gemm_f32f16f32_avx512",
     "x86.gemm_f32f16f32_avx2",
+    "x86.embedding_bag_f32f32_avx512",
+    "x86.embedding_bag_f32f32_avx2",
+    "x86.embedding_bag_f16f32_avx512",
+    "x86.embedding_bag_f16f32_avx2",
+    "x86.embedding_bag_u8f32_avx512",
+    "x86.embedding_bag_u8f32_avx2",
+    "x86.embedding_bag_u4f32_avx512",
+    "x86.embedding_bag_u4f32_avx2",
+    "x86.interaction_f32f32f32_avx512",
+    "x86.interaction_f32f32f32_avx2",
 )
 
 

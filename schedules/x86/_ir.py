@@ -72,6 +72,4 @@ def masked_store(buffer: Any, index: Any, value: Any, lanes: int, valid: int) ->
     """Stores the first `valid` of `lanes` lanes at a flat or n-d index, touching nothing else."""
     mask = tirx.LT(ramp(tirx.const(0, "int32"), lanes), splat(valid, "int32", lanes))
     where = buffer[tuple(index)] if isinstance(index, (list, tuple)) else buffer[index]
-    T.evaluate(
-        tirx.call_llvm_intrin("void", "llvm.masked.store", value, T.address_of(where), mask)
-    )
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, T.address_of(where), mask))
