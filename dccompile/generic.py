@@ -88,8 +88,9 @@ def _body(
         for buffer in made:
             kept = list(inner[buffer])[depth:]
             size, dtype = _product(kept), str(buffer.ty.dtype)
-            nbytes = (static(size) or STACK) * buffer.ty.dtype.dtype.itemsize
-            if big == (nbytes > STACK):
+            known = static(size)
+            nbytes = None if known is None else known * buffer.ty.dtype.dtype.itemsize
+            if big == (nbytes is None or nbytes > STACK):
                 flat = T.alloc_buffer((size,), dtype) if big else local(int(size.value), dtype)
                 memory.add(buffer, flat, list(inner[buffer]), depth)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import ir, relax, te, tirx
+from tvm import ir, relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from .elementwise import clamped, each, greater, highest, is_float, lowest, number, relu, smaller
@@ -232,7 +232,15 @@ def _softmax(bb: Any, call: Any) -> Any:
     return bb.call_te(build, call.args[0], primfunc_name_hint="softmax")
 
 
+def _reshape(bb: Any, call: Any) -> Any:
+    """With symbols it stays: a second name of its input, and no index arithmetic over symbols."""
+    if all(isinstance(d, tirx.IntImm) for d in [*call.args[0].ty.shape.values, *call.args[1]]):
+        return bb.call_te(topi.reshape, call.args[0], list(call.args[1].values))
+    return call
+
+
 LEGALIZE: dict[str, Callable[[Any, Any], Any]] = {
+    "relax.reshape": _reshape,
     "relax.nn.relu": _relu,
     "relax.nn.softmax": _softmax,
     "relax.clip": _clip,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import resource
 import sys
 import traceback
@@ -176,9 +175,9 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
 
 def _dim(dim: Any) -> int | str:
     """A dim for people: ``N*4`` where it follows from a symbol."""
-    if isinstance(dim, int):
-        return dim
-    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(dim)).replace(" * ", "*")
+    from .frontend.symbols import spell
+
+    return dim if isinstance(dim, int) else spell(dim)
 
 
 def _spec(tensor: Any) -> dict[str, Any]:

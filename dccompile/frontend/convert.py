@@ -1,98 +1,92 @@
 """From a recovered ONNX model to a Relax module: hand-written kernels where a site has one.
 
-A DccGemm node becomes a call of the kernel that the registry chose, its weights packed by numpy
-on the way; every other node goes through TVM's importer with the corrections of `operators`.
+A recovered node becomes a call of the kernel that the registry chose. The weights of a DccGemm are
+packed by numpy on the way, the tables of a DccEmbeddingBag only when the params file is written.
+Every other node goes through TVM's importer with the corrections of `operators`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from .. import registry
-from ..errors import Error, Problem, UnsupportedError
 from ..machine import Machine
-from . import operators
-from .recover import GemmSite
+from ..streams import Stream, Streams
+from .bags import BagSite
+from .importer import Importer
+from .interaction import InteractionSite
+from .recover import GemmSite, Recovered
+from .shapes import Range
+from .symbols import Requirement, Symbols
+from .tables import stored
 
 
 @dataclass(frozen=True)
 class Placed:
     """A site and the kernel it got; `symbol` is the function's name in the library."""
 
-    site: GemmSite
+    site: GemmSite | BagSite | InteractionSite
     choice: registry.Choice
     symbol: str
 
 
+@dataclass
+class Imported:
+    """A Relax module for one machine, what each site became, and the constants yet to be made."""
+
+    mod: tvm.IRModule
+    placed: list[Placed]
+    streams: Streams
+    requirements: list[Requirement]
+
+
 def to_relax(
-    model: onnx.ModelProto, sites: dict[str, GemmSite], machine: Machine
-) -> tuple[tvm.IRModule, list[Placed]]:
-    """Imports the model for one machine; returns the module and what each site became.
+    recovered: Recovered, machine: Machine, ranges: Mapping[str, Range] | None = None
+) -> Imported:
+    """Imports a recovered model for one machine; `ranges` of its symbols, at least 1 if absent.
 
     Raises UnsupportedError naming the node that the importer cannot convert.
     """
+    model = recovered.model
     placed: list[Placed] = []
-    importer = _Importer({"DccGemm": _gemm_converter(sites, machine, placed)})
+    streams = Streams()
+    symbols = Symbols(ranges)
+    importer = Importer(
+        {
+            "DccGemm": _gemm_converter(recovered.gemms, machine, placed),
+            "DccEmbeddingBag": _bag_converter(recovered.bags, machine, placed, streams),
+            "DccInteraction": _interaction_converter(recovered.interactions, machine, placed),
+        },
+        symbols,
+    )
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     with contextlib.redirect_stdout(io.StringIO()):  # the importer prints what it then raises
         mod = importer.from_onnx(model.graph, opset)
-    return mod, placed
-
-
-class _Importer(onnx_frontend.ONNXGraphImporter):
-    """TVM's importer with a converter table of its own, and errors that name the node."""
-
-    def __init__(self, converters: dict[str, type]) -> None:
-        super().__init__({}, "float32")
-        self.table = {**onnx_frontend._get_convert_map(), **operators.table(), **converters}
-
-    def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
-        """The gate has listed them already, every one with its name."""
-
-    def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
-        try:
-            convert = self.table[op_name].get_converter(opset)
-            value = convert(self.bb, inputs, attrs, [self._nodes, self._params])
-            return self.bb.normalize(value) if isinstance(value, relax.Expr) else value
-        except Error:
-            raise
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            problem = Problem(
-                "DC3140",
-                f"{op_name} '{attrs['tvm_custom']['name']}'",
-                f"this use of the operator cannot be lowered: {reason}",
-                "make its secondary inputs constants and its shapes static, or rewrite the node",
-            )
-            raise UnsupportedError([problem]) from error
+    return Imported(mod, placed, streams, symbols.requirements)
 
 
 def _gemm_converter(sites: dict[str, GemmSite], machine: Machine, placed: list[Placed]) -> type:
     class DccGemm(onnx_frontend.OnnxOpConverter):
         @classmethod
         def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
-            name = attr["site"]
-            site = sites[name.decode() if isinstance(name, bytes) else name]
+            site = sites[_text(attr["site"])]
             work = site.workload
-            choice = registry.select(work, machine)
-            kernel = choice.kernel
-            func = kernel.build(work, choice.params, machine)
-            func = func.without_attr("global_symbol")
-            func = func.with_attr("op_pattern", 8).with_attr("dcc.kernel", kernel.name)
-            gvar = bb.add_func(func, f"{kernel.name}_{work.n}x{work.k}")
-            packed = kernel.pack(work, site.weights, choice.params)
+            choice, gvar = _kernel(bb, work, machine, f"{work.n}x{work.k}")
+            packed = choice.kernel.pack(work, site.weights, choice.params)
             placed.append(Placed(site, choice, gvar.name_hint))
             a = inputs[0]
-            shape = list(a.ty.shape.values)
+            symbols: Symbols = params.symbols
+            shape = symbols.shape(a)
+            symbols.require_equal(shape[-1], work.k, f"MatMul '{site.name}'")
             rows, flat = _rows(shape[:-1]), len(shape) == 2
             if not flat:
                 a = bb.emit(relax.op.reshape(a, relax.ShapeExpr([rows, work.k])))
@@ -108,6 +102,88 @@ def _gemm_converter(sites: dict[str, GemmSite], machine: Machine, placed: list[P
             return relax.op.reshape(bb.emit(call), relax.ShapeExpr([*shape[:-1], work.n]))
 
     return DccGemm
+
+
+def _bag_converter(
+    sites: dict[str, BagSite], machine: Machine, placed: list[Placed], streams: Streams
+) -> type:
+    class DccEmbeddingBag(onnx_frontend.OnnxOpConverter):
+        @classmethod
+        def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
+            site = sites[_text(attr["site"])]
+            work = site.workload
+            given = [i for i in inputs if i is not None]
+            index = given.pop(0)
+            shape = list(index.ty.shape.values)
+            kept = shape[: len(shape) - site.trailing]
+            if work.layout == "fixed":
+                bags = _rows(kept[: len(kept) - site.grouped])
+                flat, result = [bags, work.tables, work.pooling], [*kept, work.dim]
+            else:
+                bags = given[0].ty.shape.values[0] - int(work.layout == "offsets+1")
+                flat, result = [_rows(shape)], [bags, work.dim]
+            args = [_reshaped(bb, index, flat)]
+            if work.layout != "fixed":
+                args.append(given.pop(0))
+            args += [_reshaped(bb, weight, flat) for weight in given]
+            choice, gvar = _kernel(bb, work, machine, f"{work.tables}x{work.dim}")
+            placed.append(Placed(site, choice, gvar.name_hint))
+            args.append(streams.constant(_tables(site, choice)))
+            out = relax.TensorType([bags, work.tables, work.dim], "float32")
+            call = relax.call_tir(gvar, args, out_ty=out)
+            return relax.op.reshape(bb.emit(call), relax.ShapeExpr(result))
+
+    return DccEmbeddingBag
+
+
+def _tables(site: BagSite, choice: registry.Choice) -> Stream:
+    """The constants of an embedding kernel; equal for the kernels of all machines."""
+    kernel: Any = choice.kernel
+    work = site.workload
+    key = f"{work.rows} {work.dim} {work.storage} {work.scale} {site.tables}".encode()
+
+    def pieces() -> Any:
+        return kernel.pieces(work, stored(site), site.tables)
+
+    return Stream(kernel.nbytes(work), key, pieces)
+
+
+def _interaction_converter(
+    sites: dict[str, InteractionSite], machine: Machine, placed: list[Placed]
+) -> type:
+    class DccInteraction(onnx_frontend.OnnxOpConverter):
+        @classmethod
+        def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
+            site = sites[_text(attr["site"])]
+            work = site.workload
+            dense, rows = inputs[0], inputs[1]
+            choice, gvar = _kernel(bb, work, machine, f"{work.vectors}x{work.dim}")
+            placed.append(Placed(site, choice, gvar.name_hint))
+            shape = [dense.ty.shape.values[0], work.dim + work.pairs]
+            out = relax.TensorType(shape, "float32")
+            return relax.call_tir(gvar, [dense, rows], out_ty=out)
+
+    return DccInteraction
+
+
+def _kernel(bb: Any, work: Any, machine: Machine, hint: str) -> tuple[registry.Choice, Any]:
+    """The kernel for a workload, as a function of the module."""
+    choice = registry.select(work, machine)
+    kernel = choice.kernel
+    func = kernel.build(work, choice.params, machine)
+    func = func.without_attr("global_symbol")
+    func = func.with_attr("op_pattern", 8).with_attr("dcc.kernel", kernel.name)
+    return choice, bb.add_func(func, f"{kernel.name}_{hint}")
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _reshaped(bb: Any, value: Any, shape: list[Any]) -> Any:
+    if len(value.ty.shape.values) == len(shape) == 1:
+        return value
+    return bb.emit(relax.op.reshape(value, relax.ShapeExpr(shape)))
 
 
 _DTYPES = {"u8": "uint8", "s8": "int8", "s32": "int32", "f32": "float32"}

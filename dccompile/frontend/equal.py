@@ -49,12 +49,15 @@ def _gemm(node: onnx.NodeProto, a: Dims, b: Dims) -> Iterator[Pair]:
         yield a[0 if flags.get("transA") else 1], b[1 if flags.get("transB") else 0]
 
 
-def _pairs(
+def pairs(
     node: onnx.NodeProto,
     shape: Callable[[int], Dims | None],
     constant: Callable[[int], np.ndarray | None],
 ) -> Iterator[Pair]:
-    """Dims that must be equal; `shape` and `constant` give those of an input, where known."""
+    """Dims that must be equal; `shape` and `constant` give those of an input, where known.
+
+    A dim may also be an expression that is neither a number nor a name.
+    """
     kind, count = node.op_type, len(node.input)
     known = [s for s in map(shape, range(count)) if s is not None]
     first = shape(0)
@@ -154,7 +157,7 @@ def unify(
             name = node.input[index] if index < len(node.input) else ""
             return constants.get(name)
 
-        for a, b in _pairs(node, shape, constant):
+        for a, b in pairs(node, shape, constant):
             a, b = root(a), root(b)
             if a == b or a is None or b is None or 1 in (a, b):
                 continue

@@ -7,7 +7,7 @@ writes memory at unchecked positions · DC3115 element type
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto
 
 from dccompile.errors import Problem
 
-from .structure import CONTRIB, where
+from .structure import CONTRIB, nested, subgraphs, where
 
 _STANDARD = ("", "ai.onnx")
 
@@ -64,7 +64,8 @@ _DERIVING = {
     "Sub", "Mul", "Div", "Mod", "Min", "Max", "Neg", "Abs", "Floor", "Ceil", "Range",
     "ConstantOfShape", "Identity", "Reshape", "Where", "Equal", "Transpose", "ReduceProd",
     "ReduceMax", "ReduceMin", "ReduceSum", "Expand", "Flatten", "Less", "Greater", "Not", "Split",
-    "ScatterElements", "ScatterND", "Pad", "Tile", "And", "Or",
+    "ScatterElements", "ScatterND", "Pad", "Tile", "And", "Or", "Xor", "If", "LessOrEqual",
+    "GreaterOrEqual", "Round", "Sqrt", "Pow",
 }  # fmt: skip
 _DYNAMIC = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS"}
 _UNCHECKED = {"RoiAlign", "MaxRoiPool", "MaxUnpool", "EmbedLayerNormalization", "Scatter"}
@@ -87,7 +88,7 @@ def hazards(model: onnx.ModelProto) -> list[Problem]:
     graph = _Graph(model.graph)
     opset = max((o.version for o in model.opset_import if o.domain in _STANDARD), default=0)
     problems = []
-    for node in model.graph.node:
+    for node in _visible(model.graph.node, graph):
         if node.domain == CONTRIB and node.op_type not in _CONTRIB:
             found, fix = "this operator has no lowering", "replace it by other operators"
             problems.append(Problem("DC3110", where(node), found, fix))
@@ -98,13 +99,26 @@ def hazards(model: onnx.ModelProto) -> list[Problem]:
     return problems
 
 
+def _visible(nodes: Iterable[NodeProto], graph: _Graph) -> Iterator[NodeProto]:
+    """The nodes, and those in the branches of every If that is decided when compiling."""
+    for node in nodes:
+        if node.op_type == "If" and graph.is_known(node.input[0]):
+            for _, branch in subgraphs(node):
+                yield from _visible(branch.node, graph)
+        else:
+            yield node
+
+
 class _Graph:
     """Who makes a value, and whether it is known when compiling."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.makers = {o: n for n in graph.node for o in n.output if o}
-        self.constants = {t.name for t in graph.initializer}
-        self.values = {t.name: t for t in graph.initializer}
+        nodes = list(nested(graph.node))
+        tensors = [*graph.initializer, *(t for n in nodes for _, g in subgraphs(n)
+                                         for t in g.initializer)]  # fmt: skip
+        self.makers = {o: n for n in nodes for o in n.output if o}
+        self.values = {t.name: t for t in tensors}
+        self.constants = set(self.values)
         self.known: dict[str, bool] = {}
 
     def is_known(self, name: str) -> bool:

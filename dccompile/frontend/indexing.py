@@ -70,10 +70,8 @@ def checked_indices(node: Node, indices: Any, data: Any, axes: list[int]) -> Any
                         out, value + tirx.Select(value < 0, extent, tirx.const(0, "int64")),
                         [i * count + k],
                     )  # fmt: skip
-    func = builder.get().without_attr("global_symbol")
-    gvar = node.bb.add_func(func, "check_indices")
     args = [indices, data] if symbolic else [indices]
-    return node.do(relax.call_tir(gvar, args, out_ty=relax.TensorType(shape, "int64")))
+    return node.call(builder.get(), "check_indices", args, relax.TensorType(shape, "int64"))
 
 
 def _constant_indices(node: Node, indices: np.ndarray, extents: list[int]) -> np.ndarray:
@@ -240,8 +238,7 @@ def divided(node: Node, kind: str) -> Any:
             else:
                 value = rule(x, y)
             T.buffer_store(target, value, index)
-    gvar = node.bb.add_func(builder.get().without_attr("global_symbol"), "checked_division")
-    return node.do(relax.call_tir(gvar, [a, b], out_ty=relax.TensorType(shape, dtype)))
+    return node.call(builder.get(), "checked_division", [a, b], relax.TensorType(shape, dtype))
 
 
 class Div(Converter):

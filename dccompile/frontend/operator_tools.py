@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tvm import ir, relax, tirx
-from tvm.relax.frontend.onnx.onnx_frontend import OnnxOpConverter
+from tvm.relax.frontend.onnx import onnx_frontend
+from tvm.relax.frontend.onnx.onnx_frontend import OnnxOpConverter, onnx_input
 
 from dccompile.elementwise import each
 from dccompile.errors import ModelError, Problem, UnsupportedError
+from dccompile.lanes import walk
+
+from .symbolic import Known, known, packed, tensor_of
+from .symbols import Symbols, spell, wide
 
 __all__ = ["Converter", "constant", "dtype_of", "emit", "shape_of", "tensor"]
 
 
 class Converter(OnnxOpConverter):
-    """A converter whose `convert` serves every opset from `since` on."""
+    """A converter whose `convert` serves every opset.
+
+    The inputs numbered in `sizes` come as `symbolic.Known` where they follow from shapes.
+    """
+
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     def get_converter(cls, opset: int) -> Callable[..., Any]:
         return lambda bb, inputs, attr, params: cls.convert(
-            Node(bb, list(inputs), attr, opset, cls)
+            Node(bb, list(inputs), attr, opset, cls, params)
         )
 
     @classmethod
@@ -29,11 +39,23 @@ class Converter(OnnxOpConverter):
         raise NotImplementedError
 
 
+class Scope(list):
+    """What TVM's importer hands to a converter, [nodes, params], and the model's symbols."""
+
+    def __init__(self, nodes: Any, params: Any, symbols: Symbols) -> None:
+        super().__init__([nodes, params])
+        self.symbols = symbols
+
+
 class Node:
     """One ONNX node while it is converted."""
 
-    def __init__(self, bb: Any, inputs: list[Any], attr: dict[str, Any], opset: int, kind: type):
+    def __init__(
+        self, bb: Any, inputs: list[Any], attr: dict[str, Any], opset: int, kind: type, params: Any
+    ) -> None:
         self.bb, self.attr, self.opset = bb, attr, opset
+        self.params = params
+        self.symbols: Symbols = getattr(params, "symbols", None) or Symbols()
         self.inputs = inputs
         custom = attr.get("tvm_custom", {})
         self.name = custom.get("name", "")
@@ -45,6 +67,39 @@ class Node:
         if index >= len(self.inputs) or self.inputs[index] is None:
             return None
         return tensor(self.bb, self.inputs[index])
+
+    def has(self, index: int) -> bool:
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def dims(self, index: int) -> list[Any]:
+        """An input that gives sizes: ints and expressions. Refuses what is computed from data."""
+        value = self.inputs[index]
+        found = _known(value)
+        dims = None if found is None else found.dims()
+        if dims is None:
+            raise self.refuse(
+                f"its input {index} is computed from data, or from sizes in a way that cannot be "
+                "followed",
+                "make it a constant, or fix the input shapes with --shape",
+            )
+        return dims
+
+    def least(self, dims: Sequence[Any], low: int, what: str) -> None:
+        """An error now where a size is below `low`, else at the calls where it is."""
+        for dim in dims:
+            if self.symbols.holds(wide(dim) < low) is True:
+                raise self.wrong(f"{what} is {spell(dim)}", f"choose at least {low}")
+        self.symbols.require_least(dims, low, f"{self.where}: {what}")
+
+    def kind(self, index: int) -> np.dtype:
+        """The element type of an input that gives sizes."""
+        found = _known(self.inputs[index])
+        return np.dtype(dtype_of(self.inputs[index])) if found is None else found.dtype
+
+    def plain(self) -> Any:
+        """What TVM's own converter makes of the node."""
+        own = getattr(onnx_frontend, self.op).get_converter(self.opset)
+        return own(self.bb, onnx_input(self.inputs), self.attr, self.params)
 
     def all(self) -> list[Any]:
         return [tensor(self.bb, i) for i in self.inputs if i is not None]
@@ -59,6 +114,24 @@ class Node:
 
     def do(self, expr: Any) -> Any:
         return self.bb.emit(expr)
+
+    def call(self, func: Any, name: str, args: list[Any], out_ty: Any) -> Any:
+        """A call of a function written here; symbols that no buffer has as a dim are passed too."""
+        plain: list[Any] = []
+        wanted: list[Any] = []
+        for param in func.params:
+            for dim in param.ty.shape:
+                (plain if isinstance(dim, tirx.Var) else wanted).append(dim)
+        inner = [v for dim in wanted for v in walk(dim) if isinstance(v, tirx.Var)]
+        extra: list[Any] = []
+        for var in inner:
+            if not any(var.same_as(v) for v in [*plain, *extra]):
+                extra.append(var)
+        if extra:
+            params = [*func.params[: len(args)], *extra, *func.params[len(args) :]]
+            func = tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
+        gvar = self.bb.add_func(func.without_attr("global_symbol"), name)
+        return self.do(relax.call_tir(gvar, [*args, *extra], out_ty=out_ty))
 
     def refuse(self, found: str, fix: str) -> UnsupportedError:
         return UnsupportedError([Problem("DC3141", self.where, found, fix)])
@@ -75,8 +148,18 @@ class Node:
         return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _known(value: Any) -> Known | None:
+    """What is known of an input: constants and shapes of TVM's importer, values of ours."""
+    if isinstance(value, relax.ShapeExpr):
+        return packed(list(value.values), (len(value.values),), np.dtype(np.int64))
+    array = constant(value)
+    return value if isinstance(value, Known) else None if array is None else known(array)
+
+
 def tensor(bb: Any, value: Any) -> Any:
     """Shapes and scalars of the importer as tensors."""
+    if isinstance(value, Known):
+        return tensor_of(bb, value)
     if isinstance(value, relax.ShapeExpr) or isinstance(
         getattr(value, "ty", None), relax.ShapeType
     ):

@@ -11,6 +11,7 @@ from .indexing import Div, Gather, GatherElements, GatherND, Mod, ScatterElement
 from .integer import INTEGER
 from .pointwise import POINTWISE
 from .reducing import REDUCING
+from .sizes import SIZES
 
 __all__ = ["hazards", "supported", "table"]
 
@@ -23,7 +24,7 @@ def table() -> dict[str, type]:
     """Converters by operator type: TVM's, with ours in place of those that are not right."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    return {**_tvm(onnx_frontend), **POINTWISE, **INTEGER, **REDUCING, **_INDEXING}
+    return {**_tvm(onnx_frontend), **POINTWISE, **INTEGER, **REDUCING, **_INDEXING, **SIZES}
 
 
 def _tvm(frontend: object) -> dict[str, type]:

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from tvm import relax, tirx
+from tvm import tirx
 
-from dccompile.elementwise import broadcast, clamped, greater, is_float, number, relu, smaller
+from dccompile.elementwise import clamped, greater, is_float, number, relu, smaller
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
 
@@ -318,29 +318,11 @@ class Where(Converter):
         return node.emit(tirx.Select, node.get(0), node.get(1), node.get(2))
 
 
-class Expand(Converter):
-    """Broadcasts both ways: a 1 in the wanted shape keeps the input's extent."""
-
-    @classmethod
-    def convert(cls, node: Node) -> Any:
-        wanted = node.inputs[1]
-        known = constant(wanted)
-        if known is not None:
-            dims = [int(d) for d in known]
-        elif isinstance(wanted, relax.ShapeExpr):
-            dims = [int(d) if isinstance(d, tirx.IntImm) else d for d in wanted.values]
-        else:
-            raise node.refuse("its shape is computed from data", "make the shape a constant")
-        x = node.get(0)
-        shape = broadcast([shape_of(x), dims])
-        return relax.op.broadcast_to(x, relax.ShapeExpr(shape))
-
-
 POINTWISE = {
     c.__name__: c
     for c in (
         Relu, Clip, Max, Min, IsInf, Sign, BitShift, Pow, Celu, Swish, HardSigmoid, HardSwish,
         LeakyRelu, Elu, Selu, ThresholdedRelu, PRelu, Softplus, Mish, Gelu, FastGelu, BiasGelu,
-        QuickGelu, Where, Expand,
+        QuickGelu, Where,
     )
 }  # fmt: skip

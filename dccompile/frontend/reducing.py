@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import onnx
 from tvm import relax, te, tirx
 from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.script.ir_builder import IRBuilder
@@ -16,6 +15,7 @@ from dccompile.elementwise import number
 from dccompile.lanes import local
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
+from .symbols import spell, wide
 
 
 def _axes_from(node: Node, x: Any) -> list[int]:
@@ -244,17 +244,19 @@ class Dropout(Converter):
 class TopK(Converter):
     """A sorted list of k per row, filled by insertion; the earlier of equal values comes first."""
 
+    sizes = (1,)
+
     @classmethod
     def convert(cls, node: Node) -> Any:
         x = node.get(0)
-        known = constant(node.get(1)) if node.opset >= 10 else np.array(node.attr["k"])
-        if known is None:
-            raise node.refuse("its k is not a constant", "make k a constant")
-        k = int(known.reshape(-1)[0])
-        shape = shape_of(x)
+        k = node.dims(1)[0] if node.opset >= 10 else int(node.attr["k"])
+        shape = node.symbols.shape(x)
         axis = int(node.attr.get("axis", -1)) % len(shape)
-        if isinstance(shape[axis], int) and not 0 <= k <= shape[axis]:
+        rest = node.symbols.simple(shape[axis] - k)
+        if isinstance(rest, int) and isinstance(k, int) and min(rest, k) < 0:
             raise node.wrong(f"k is {k} of {shape[axis]} values", "choose k within the axis")
+        node.least([k], 0, "k")
+        node.least([rest], 0, f"values beside the k = {spell(k)} first")
         largest = bool(node.attr.get("largest", 1))
         order = [a for a in range(len(shape)) if a != axis] + [axis]
         moved = axis != len(shape) - 1
@@ -262,9 +264,8 @@ class TopK(Converter):
         lead = [shape[a] for a in order[:-1]]
         kind = dtype_of(x)
         func = _top(lead, shape[axis], k, kind, largest)
-        gvar = node.bb.add_func(func, "topk")
         types = [relax.TensorType([*lead, k], kind), relax.TensorType([*lead, k], "int64")]
-        both = node.do(relax.call_tir(gvar, [rows], out_ty=types))
+        both = node.call(func, "topk", [rows], types)
         parts = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
         if moved:
             back = [order.index(a) for a in range(len(shape))]
@@ -272,12 +273,12 @@ class TopK(Converter):
         return relax.Tuple(parts)
 
 
-def _top(lead: list[Any], n: Any, k: int, kind: str, largest: bool) -> Any:
+def _top(lead: list[Any], n: Any, k: Any, kind: str, largest: bool) -> Any:
     rows: Any = tirx.const(1, "int64")
     for extent in lead:
         rows = rows * extent
     n = tirx.const(n, "int64") if isinstance(n, int) else n
-    top, zero = tirx.const(k, "int64"), tirx.const(0, "int64")
+    top, zero = wide(k), tirx.const(0, "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("topk")
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "topk"})
@@ -288,7 +289,7 @@ def _top(lead: list[Any], n: Any, k: int, kind: str, largest: bool) -> Any:
             x = T.decl_buffer((rows * n,), kind, data=tirx.buffer_data(source))
             best = T.decl_buffer((rows * top,), kind, data=tirx.buffer_data(values))
             place = T.decl_buffer((rows * top,), "int64", data=tirx.buffer_data(places))
-            with T.serial(0, rows if k else tirx.const(0, "int64")) as r:
+            with T.serial(0, zero if isinstance(k, int) and k == 0 else rows) as r:
                 spot = local(1, "int64")
                 with T.serial(0, n) as i:
                     value = T.Bind(x[r * n + i])
@@ -317,7 +318,7 @@ def _top(lead: list[Any], n: Any, k: int, kind: str, largest: bool) -> Any:
                     with T.If(spot[0] < top), T.Then():
                         T.buffer_store(best, value, [r * top + spot[0]])
                         T.buffer_store(place, i, [r * top + spot[0]])
-    return builder.get().without_attr("global_symbol")
+    return builder.get()
 
 
 class CumSum(Converter):
@@ -362,36 +363,13 @@ class CumSum(Converter):
                         T.buffer_store(total, total[0] + value, [0])
                         if not exclusive:
                             T.buffer_store(b, total[0], [at])
-        gvar = node.bb.add_func(builder.get().without_attr("global_symbol"), "cumsum")
-        return relax.call_tir(gvar, [x], out_ty=relax.TensorType(shape, kind))
-
-
-class ConstantOfShape(Converter):
-    @classmethod
-    def convert(cls, node: Node) -> Any:
-        given = node.inputs[0]
-        known = constant(given)
-        if known is not None:
-            dims: list[Any] = [int(d) for d in known]
-        elif isinstance(given, relax.ShapeExpr):
-            dims = list(given.values)
-        else:
-            raise node.refuse("its shape is computed from data", "make the shape a constant")
-        value = node.attr.get("value")
-        fill = np.zeros((), "float32")
-        if value is not None:
-            array = onnx.numpy_helper.to_array(value) if hasattr(value, "dims") else value
-            fill = np.asarray(array.numpy() if hasattr(array, "numpy") else array).reshape(-1)[0]
-        fill = np.asarray(fill)
-        if all(isinstance(d, int) for d in dims) and math.prod(dims) <= 4096:
-            return relax.const(np.full(dims, fill, fill.dtype))
-        return relax.op.full(relax.ShapeExpr(dims), relax.const(fill), str(fill.dtype))
+        return node.call(builder.get(), "cumsum", [x], relax.TensorType(shape, kind))
 
 
 REDUCING = {
     c.__name__: c
     for c in (
         MaxPool, AveragePool, GlobalMaxPool, LayerNormalization, RMSNormalization, LpNormalization,
-        Softmax, LogSoftmax, OneHot, SpaceToDepth, Dropout, TopK, CumSum, ConstantOfShape,
+        Softmax, LogSoftmax, OneHot, SpaceToDepth, Dropout, TopK, CumSum,
     )
 }  # fmt: skip
