@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    Error,
-    IncompatibleError,
-    InputError,
-    ModelError,
-    TuningError,
-    UnsupportedError,
-)
+from .errors import Error, IncompatibleError, InputError, ModelError, TuningError, UnsupportedError
 
 if TYPE_CHECKING:
     from .checker import check
     from .compiler import compile
-    from .runtime import load
+    from .runtime.loader import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +25,7 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"load": "runtime", "compile": "compiler", "check": "checker"}
+_LAZY = {"load": "runtime.loader", "compile": "compiler", "check": "checker"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,5 @@
 """``python -m dccompile``."""
 
-from .cli import entry
+from .cli.main import entry
 
 entry()

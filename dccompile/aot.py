@@ -2,9 +2,9 @@
 
 `main(inputs..., outputs..., params, workspace)` calls the packed kernels of the same library one
 after the other: no virtual machine, no allocation, no state, so any number of threads may call it
-with workspaces of their own. Intermediates live at offsets of the workspace that are planned
-here; constants live at offsets of `params`, which the loader maps from the artifact. Six kernels
-called this way cost 0.7 us, in TVM's virtual machine 4 to 5 us (one Zen 4 core).
+with workspaces of their own. Intermediates live at offsets of the workspace that `arena` plans,
+constants at offsets of `params`, which the loader maps from the artifact. Six kernels called this
+way cost 0.7 us, in TVM's virtual machine 4 to 5 us (one Zen 4 core).
 
 `plan(symbols, result)` tells what a call needs: result[0] the bytes of workspace, then the dims of
 every output in order, all int64.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,57 +23,11 @@ from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from .arena import Program, Step, Storage, Tensor, nbytes, plan, simple
 from .errors import Problem, UnsupportedError
-from .lanes import substitute, walk
-from .streams import Stream, Streams
-
-ALIGN = 64
-
-
-@dataclass(eq=False)
-class Storage:
-    """One piece of memory: an input, an output, a constant, or a block of the workspace."""
-
-    kind: str  # input | output | const | work
-    index: int = -1  # of the input or output
-    data: np.ndarray | Stream | None = None  # of a constant
-    size: Any = 0  # bytes: int, or an expression of symbolic dims
-    first: int = 0  # live from this step
-    last: int = 0  # to this step
-    offset: Any = 0  # in params or workspace
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A view of a storage: shape entries are ints or expressions."""
-
-    storage: Storage
-    shape: tuple[Any, ...]
-    dtype: str
-
-
-@dataclass
-class Step:
-    """One kernel call: packed function `name` over tensors, then scalars; outputs come last."""
-
-    name: str
-    args: list[Tensor | Any]
-    outputs: list[Tensor]
-
-
-@dataclass
-class Program:
-    """The linear form of a Relax function, memory planned."""
-
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    steps: list[Step]
-    symbols: list[Any]  # tirx.Var, in the order of `plan`
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (source, output)
-    workspace: Any = 0
-    constants: list[Storage] = field(default_factory=list)
-    requirements: list[tuple[Any, str]] = field(default_factory=list)  # (condition, message)
-    peak: int | None = None  # largest live set of intermediates, bytes; None: unbounded dims
+from .generic.lanes import substitute, walk
+from .runtime.params import Stream
+from .streams import Streams
 
 
 def lower(
@@ -96,7 +49,7 @@ def lower(
     """
     program = _Linearizer(mod, streams or Streams()).run()
     limits = {v: bounds.get(v.name) for v in program.symbols}
-    _plan(program, limits)
+    plan(program, limits)
     for storage in program.constants:
         assert storage.data is not None
         storage.offset = place(storage.data)
@@ -148,9 +101,9 @@ class _Linearizer:
     def new(self, ty: Any, name: str) -> Tensor:
         if not isinstance(ty, relax.TensorType) or not isinstance(ty.shape, relax.ShapeExpr):
             raise ValueError(f"the shape of '{name}' is known only after it is computed")
-        shape = tuple(_simple(d) for d in ty.shape.values)
+        shape = tuple(simple(d) for d in ty.shape.values)
         dtype = str(ty.dtype)
-        return Tensor(Storage("work", size=_nbytes(shape, dtype)), shape, dtype)
+        return Tensor(Storage("work", size=nbytes(shape, dtype)), shape, dtype)
 
     def binding(self, var: relax.Var, expr: Any) -> None:
         name = var.name
@@ -189,7 +142,7 @@ class _Linearizer:
         inputs = []
         symbols: list[Any] = []
         for index, param in enumerate(main.params):
-            shape = tuple(_simple(d) for d in param.ty.shape.values)
+            shape = tuple(simple(d) for d in param.ty.shape.values)
             for dim in shape:
                 if isinstance(dim, tirx.Var) and not any(dim.same_as(s) for s in symbols):
                     symbols.append(dim)
@@ -244,122 +197,6 @@ def _is_reshape(func: tirx.PrimFunc) -> bool:
     if not isinstance(func.body, tvm.s_tir.SBlockRealize):
         return False
     return bool(relax.analysis.has_reshape_pattern(func))
-
-
-_ANALYZER = tvm.sym.Analyzer()
-
-
-def _simple(dim: Any) -> Any:
-    """An int where the expression is constant."""
-    if isinstance(dim, int):
-        return dim
-    dim = _ANALYZER.simplify(dim)
-    return int(dim) if isinstance(dim, tirx.IntImm) else dim
-
-
-def _nbytes(shape: tuple[Any, ...], dtype: str) -> Any:
-    itemsize = 1 if dtype == "bool" else np.dtype(dtype).itemsize
-    size: Any = itemsize
-    for dim in shape:
-        size = size * dim
-    return _round_up(size)
-
-
-def _round_up(size: Any) -> Any:
-    if isinstance(size, int):
-        return -(-size // ALIGN) * ALIGN
-    return tirx.floordiv(size + (ALIGN - 1), tirx.const(ALIGN, "int64")) * ALIGN
-
-
-def _at(size: Any, limits: dict[Any, int | None], default: int) -> int:
-    """An expression's value with every dim at its bound."""
-    if isinstance(size, int):
-        return size
-    analyzer = tvm.sym.Analyzer()
-    for symbol, limit in limits.items():
-        analyzer.bind(symbol, tirx.const(limit or default, "int64"))
-    return int(analyzer.simplify(size))
-
-
-def _most(size: Any, limits: dict[Any, int | None]) -> int | None:
-    """The largest value of an expression over dims from 1 to their bounds; None: no bound."""
-    if isinstance(size, int):
-        return size
-    analyzer = tvm.sym.Analyzer()
-    for symbol, limit in limits.items():
-        if limit is None:
-            return None
-        extent = tirx.const(limit, "int64")
-        analyzer.bind(symbol, tvm.ir.Range.from_min_extent(tirx.const(1, "int64"), extent))
-    most = int(analyzer.const_int_bound(analyzer.simplify(size)).max_value)
-    return _round_up(max(0, most)) if most < _NO_BOUND else None
-
-
-_NO_BOUND = 1 << 46  # bytes: more than an address space; the analysis found no useful bound
-
-
-def _plan(program: Program, limits: dict[Any, int | None]) -> None:
-    """Gives every workspace storage its live range and offset."""
-    blocks: list[Storage] = []
-    for index, step in enumerate(program.steps):
-        for tensor in [*step.args, *step.outputs]:
-            if isinstance(tensor, Tensor) and tensor.storage.kind == "work":
-                if tensor.storage not in blocks:
-                    tensor.storage.first = index
-                    blocks.append(tensor.storage)
-                tensor.storage.last = index
-    sizes = [_most(block.size, limits) for block in blocks]
-    if None not in sizes:
-        for block, size in zip(blocks, sizes, strict=True):
-            block.size = size
-        program.workspace = _first_fit(blocks)
-        program.peak = max(
-            (
-                sum(b.size for b in blocks if b.first <= i <= b.last)
-                for i in range(len(program.steps))
-            ),
-            default=0,
-        )
-    else:
-        program.workspace = _slots(blocks, limits)
-
-
-def _first_fit(blocks: list[Storage]) -> int:
-    """Largest block first, at the lowest offset free over its live range; returns the height."""
-    placed: list[Storage] = []
-    for block in sorted(blocks, key=lambda b: (-b.size, b.first)):
-        offset = 0
-        for other in sorted(placed, key=lambda b: b.offset):
-            if other.last < block.first or block.last < other.first:
-                continue
-            if offset + block.size <= other.offset:
-                break
-            offset = max(offset, other.offset + other.size)
-        block.offset = offset
-        placed.append(block)
-    return max((b.offset + b.size for b in blocks), default=0)
-
-
-def _slots(blocks: list[Storage], limits: dict[Any, int | None]) -> Any:
-    """Where a dim has no bound: blocks share slots whose size is the largest of their tenants."""
-    slots: list[tuple[list[Storage], int]] = []  # tenants, step after which it is free
-    for block in sorted(blocks, key=lambda b: b.first):
-        free = [s for s in slots if s[1] < block.first]
-        size = _at(block.size, limits, 256)
-        best = min(free, key=lambda s: abs(_at(s[0][0].size, limits, 256) - size), default=None)
-        if best is not None:
-            slots[slots.index(best)] = ([*best[0], block], block.last)
-        else:
-            slots.append(([block], block.last))
-    total: Any = 0
-    for tenants, _ in slots:
-        height = tenants[0].size
-        for tenant in tenants[1:]:
-            height = _simple(tirx.max(height, tenant.size)) if height is not tenant.size else height
-        for tenant in tenants:
-            tenant.offset = total
-        total = _simple(total + height)
-    return total
 
 
 def _extent(dims: tuple[Any, ...]) -> list[Any]:

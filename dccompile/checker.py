@@ -39,7 +39,7 @@ def check(
     names = [targets] if isinstance(targets, str) else list(targets)
     machines = [resolve(t) for t in names]
     if "torch" not in sys.modules:
-        from .runtime import import_tvm_ffi
+        from .runtime.loader import import_tvm_ffi
 
         import_tvm_ffi()  # without torch, which its package would import
     from . import pipeline

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import artifact, errors
+from . import errors
 from .errors import Error, Problem, UsageError
 from .machine import resolve
+from .runtime import artifact
 
 if TYPE_CHECKING:
-    from .runtime import Module
+    from .runtime.loader import Module
 
 Model = "str | os.PathLike[str] | bytes | onnx.ModelProto"
 PRECISIONS = ("keep", "fp16-weights")
@@ -50,7 +51,7 @@ class CompiledArtifact:
 
     def load(self, threads: int | None = None) -> Module:
         """Loads without keeping a file."""
-        from .runtime import load
+        from .runtime.loader import load
 
         path = self.save(Path(self._folder.name) / "unsaved.dcm")
         try:

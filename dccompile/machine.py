@@ -52,9 +52,7 @@ TARGETS: dict[str, Machine] = {
     for m in (
         Machine("x86-64-v3", _V3, "x86-64-v3", bits=256, registers=16),
         Machine("x86-64-v4", _V4, "x86-64-v4"),
-        Machine(
-            "x86-64-v4-vnni", (*_V4, "avx512_vnni"), "x86-64-v4", ("+avx512vnni",), vnni=True
-        ),
+        Machine("x86-64-v4-vnni", (*_V4, "avx512_vnni"), "x86-64-v4", ("+avx512vnni",), vnni=True),
     )
 }
 

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import tvm
 
-from . import aot, legalize, linker, params, stack
+from . import aot, linker
 from .errors import UnsupportedError
 from .frontend import convert, gate, operators, recover
+from .generic import legalize, stack
 from .machine import Machine
-from .streams import Stream
+from .runtime import params
+from .runtime.params import Stream
 
 
 @dataclass

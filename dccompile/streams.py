@@ -7,38 +7,13 @@ belongs there.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .runtime.params import Stream
+
 _MADV_NORESERVE = 0x4000  # MAP_NORESERVE of <sys/mman.h>: no memory is promised for it
-
-
-@dataclass(frozen=True)
-class Stream:
-    """uint8[nbytes], as `pieces` gives it in order; equal `key` means equal bytes."""
-
-    nbytes: int
-    key: bytes
-    pieces: Callable[[], Iterator[np.ndarray]]
-
-    dtype = np.dtype(np.uint8)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.nbytes,)
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes. Raises ValueError where they are not as many as promised."""
-        done = 0
-        for piece in self.pieces():
-            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            done += flat.nbytes
-            yield flat.data
-        if done != self.nbytes:
-            raise ValueError(f"a stream of {self.nbytes} bytes gave {done}")
 
 
 class Streams:

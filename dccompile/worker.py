@@ -69,8 +69,9 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from .frontend import sandbox
 
     sandbox.start()  # while TVM is imported
-    from . import artifact, pipeline, threadpool
+    from . import pipeline, threadpool
     from .machine import TARGETS
+    from .runtime import artifact
 
     say("read")
     model = job.get("path") or (folder / "model.onnx").read_bytes()

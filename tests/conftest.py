@@ -65,7 +65,8 @@ def _make(
 ) -> Path:
     import tvm
 
-    from dccompile import artifact, threadpool
+    from dccompile import threadpool
+    from dccompile.runtime import artifact
 
     pool = folder / "pool.so"
     threadpool.build(pool)

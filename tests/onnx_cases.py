@@ -13,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
-from dccompile import legalize, machine, stack
+from dccompile import machine
 from dccompile.frontend import operators
+from dccompile.generic import legalize, stack
 
 CODES = {np.dtype(t): c for t, c in (
     ("float32", TensorProto.FLOAT), ("uint8", TensorProto.UINT8), ("int8", TensorProto.INT8),

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dccompile import artifact, layout
 from dccompile.errors import IncompatibleError, UsageError
-from dccompile.params import pack_params, parse_header
+from dccompile.runtime import artifact, layout
+from dccompile.runtime.params import pack_params, parse_header
 
 LIBRARY, PARAMS = "lib/x86-64-v3.so", "params.safetensors"
 TENSORS: list[tuple[str, np.ndarray]] = [

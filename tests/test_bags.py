@@ -420,8 +420,9 @@ def test_bad_input_is_named(compiled):
 
 
 def test_tables_are_stored_as_the_kernel_packs_them(compiled, tmp_path):
-    from dccompile import artifact, registry
+    from dccompile import registry
     from dccompile.machine import resolve
+    from dccompile.runtime import artifact
     from dccompile.tables import quantize_rows
     from dccompile.workload import EmbeddingBag, EmbeddingTables
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dccompile import cli, console, disassemble, sources, verbs
+from dccompile.cli import console, disassemble, sources, verbs
+from dccompile.cli import main as cli
 from dccompile.errors import Error, UsageError
 
 K, HIDDEN, WIDE = 13, 32, 8
@@ -113,7 +114,8 @@ def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_help_and_version_import_nothing_heavy() -> None:
     heavy = "{'numpy', 'tvm', 'tvm_ffi', 'onnx', 'torch', 'rich'} & set(sys.modules)"
     for option in ("--help", "--version"):
-        code = f"import sys; from dccompile import cli; cli.main(['{option}']); assert not {heavy}"
+        code = "import sys; from dccompile.cli import main as cli; "
+        code += f"cli.main(['{option}']); assert not {heavy}"
         done = python("-c", code)
         assert done.returncode == 0 and "dccompile" in done.stdout, done.stderr
 
@@ -254,7 +256,7 @@ def test_inspect_reads_without_running(shell: Shell, compiled: Path) -> None:
 
 _NO_CODE_LOADED = """
 import sys
-from dccompile import cli
+from dccompile.cli import main as cli
 assert cli.main(["inspect", sys.argv[1]]) == 0
 assert not {"tvm", "tvm_ffi", "onnx"} & set(sys.modules)
 """
@@ -322,7 +324,7 @@ def test_bench_compares_with_peers(shell: Shell, model: Path) -> None:
 def test_bench_prints_a_table(
     shell: Shell, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dccompile import bench
+    from dccompile.bench import model_bench as bench
 
     monkeypatch.setattr(bench, "artifact_of", lambda *_: (compiled, {}))
     quick = ("--duration", "20ms", "--warmup", "1ms")
@@ -336,7 +338,7 @@ def test_bench_prints_a_table(
 def test_bench_reports_a_model_that_no_peer_agrees_with(
     shell: Shell, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dccompile import bench
+    from dccompile.bench import model_bench as bench
 
     monkeypatch.setattr(bench, "artifact_of", lambda *_: (compiled, {}))
     monkeypatch.setattr(bench, "compare", lambda *_: {"relative": 0.5})
@@ -346,7 +348,8 @@ def test_bench_reports_a_model_that_no_peer_agrees_with(
 
 
 def test_bench_kernels(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dccompile import kernel_bench, machine
+    from dccompile import machine
+    from dccompile.bench import kernel_bench
 
     monkeypatch.setattr(kernel_bench, "shapes", lambda: [(5, 48, 68), (12, 256, 256)])
     suffix = machine.host().isa
@@ -427,7 +430,7 @@ def test_a_missing_extra_says_what_to_install(
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    code = "from dccompile.cli import entry; entry()"
+    code = "from dccompile.cli.main import entry; entry()"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

@@ -44,7 +44,7 @@ def test_quantized_mlp_gives_the_same_integers_on_every_isa(quantized: tuple[Any
 
 
 def test_every_multiplication_is_int8(quantized: tuple[Any, Path]) -> None:
-    from dccompile.artifact import read
+    from dccompile.runtime.artifact import read
 
     manifest = read(quantized[1]).manifest
     precisions = {n["name"]: n["precision"] for n in manifest["nodes"] if n["op"] == "Gemm"}

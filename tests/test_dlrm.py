@@ -8,7 +8,8 @@ from dccompile.models import clicks
 from recovery import session
 
 import dccompile as dc
-from dccompile import artifact, models
+from dccompile import models
+from dccompile.runtime import artifact
 
 SAMPLES = 40_000
 AUC_LOSS = {"int8": 0.0005, "int4": 0.002}
@@ -113,7 +114,7 @@ def test_damaged_table_files_are_named(tmp_path, monkeypatch, damage):
 
 
 def test_command_line(tmp_path, capsys):
-    from dccompile.cli import main
+    from dccompile.cli.main import main
 
     path = tmp_path / "clicks.dcm"
     given = ["dlrm-clicks-int8", "--embedding", "int4", "-q", "-o", str(path)]

@@ -15,8 +15,10 @@ pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
 import tvm
 
-from dccompile import ffi, machine, measure, reference, registry, schedules
+from dccompile import machine, reference, registry, schedules
+from dccompile.bench import measure
 from dccompile.errors import ScheduleError
+from dccompile.runtime import ffi
 from dccompile.workload import NUMPY, EmbeddingBag, EmbeddingTables, Gemm
 
 NAMES = [n.rpartition(".")[2] for n in schedules.KERNELS if "embedding_bag" in n]

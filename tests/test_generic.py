@@ -11,7 +11,9 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from dccompile import generic, legalize, machine, stack
+from dccompile import machine
+from dccompile.generic import legalize, stack
+from dccompile.generic import schedule as generic
 
 TARGETS = [t for t in machine.TARGETS.values() if not machine.missing_features(t.features)]
 SIZES = [1, 3, 7, 17, 31, 33, 100]

@@ -13,7 +13,8 @@ import tvm
 from embedding import agree, interact, kinds
 from onnx import helper, numpy_helper
 
-from dccompile import legalize, registry
+from dccompile import registry
+from dccompile.generic import legalize
 from dccompile.machine import TARGETS, missing_features
 from dccompile.workload import Interaction
 

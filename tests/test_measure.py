@@ -8,10 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from dccompile import gemm_peers, kernel_bench, measure, reference
+from dccompile import reference
+from dccompile.bench import gemm_peers, kernel_bench, measure
+from dccompile.bench.peers import PEERS, PeerError, aligned, compare, one_line, parse
 from dccompile.errors import UsageError
 from dccompile.machine import host
-from dccompile.peers import PEERS, PeerError, aligned, compare, one_line, parse
 
 
 def test_interleave_takes_turns_and_fills_samples() -> None:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 import dccompile as dc
-from dccompile import artifact, ffi, machine, runtime
-from dccompile.runtime import Module, TensorSpec
+from dccompile import machine
+from dccompile.runtime import artifact, ffi
+from dccompile.runtime import loader as runtime
+from dccompile.runtime.loader import Module, TensorSpec
 
 W = np.arange(16, dtype=np.float32)
 Paths = dict[str, Path]

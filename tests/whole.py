@@ -10,7 +10,8 @@ import onnxruntime
 import tvm
 from onnx import TensorProto, helper, numpy_helper
 
-from dccompile import legalize, machine, pipeline, stack
+from dccompile import machine, pipeline
+from dccompile.generic import legalize, stack
 
 KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 

@@ -20,7 +20,8 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from .. import registry
 from ..machine import Machine
-from ..streams import Stream, Streams
+from ..runtime.params import Stream
+from ..streams import Streams
 from .bags import BagSite
 from .importer import Importer
 from .interaction import InteractionSite

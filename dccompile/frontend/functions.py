@@ -7,16 +7,7 @@ from onnx import AttributeProto
 
 from dccompile.errors import Problem
 
-from .structure import (
-    CONTRIB,
-    domain,
-    function_name,
-    nested,
-    nodes_of,
-    replace,
-    short,
-    where,
-)
+from .structure import CONTRIB, domain, function_name, nested, nodes_of, replace, short, where
 
 MAX_INLINED_NODES = 1_000_000
 _TRAINING = ("ai.onnx.training", "ai.onnx.preview.training")

@@ -15,7 +15,7 @@ from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from dccompile.elementwise import broadcast, one
+from dccompile.generic.elementwise import broadcast, one
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
 

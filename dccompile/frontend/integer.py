@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from tvm import relax, te, tirx
 
-from dccompile.elementwise import greater, number, smaller
+from dccompile.generic.elementwise import greater, number, smaller
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
 

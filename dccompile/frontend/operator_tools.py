@@ -10,9 +10,9 @@ from tvm import ir, relax, tirx
 from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.relax.frontend.onnx.onnx_frontend import OnnxOpConverter, onnx_input
 
-from dccompile.elementwise import each
 from dccompile.errors import ModelError, Problem, UnsupportedError
-from dccompile.lanes import walk
+from dccompile.generic.elementwise import each
+from dccompile.generic.lanes import walk
 
 from .symbolic import Known, known, packed, tensor_of
 from .symbols import Symbols, spell, wide

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from dccompile.elementwise import clamped, greater, is_float, number, relu, smaller
+from dccompile.generic.elementwise import clamped, greater, is_float, number, relu, smaller
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
 

@@ -11,8 +11,8 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from dccompile.elementwise import number
-from dccompile.lanes import local
+from dccompile.generic.elementwise import number
+from dccompile.generic.lanes import local
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
 from .symbols import spell, wide

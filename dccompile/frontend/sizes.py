@@ -14,7 +14,7 @@ import onnx
 from tvm import relax, te, tirx
 from tvm.tirx import if_then_else
 
-from dccompile.elementwise import one
+from dccompile.generic.elementwise import one
 
 from .operator_tools import Converter, Node, constant, dtype_of
 from .symbolic import Known

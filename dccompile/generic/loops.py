@@ -10,8 +10,8 @@ from typing import Any
 from tvm import sym, tirx
 from tvm.tirx.script import builder as T
 
+from ..machine import Machine
 from .lanes import Lanes, Memory, loads, static, stride, uses, walk
-from .machine import Machine
 from .stages import Iter, Nest, bare_use, heavy, renamed
 
 SYMBOLIC = 32  # iterations assumed of a loop whose extent is known only at run time

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError, UsageError
 from . import ffi
-from .errors import InputError, UsageError
 from .outputs import Outputs, outputs_class
 from .signature import Plan, Signature, translate
 from .tensors import ALIGN, Foreign, TensorSpec, admit, aligned, empty, exporter, ndarray, uint8

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import bench as benches
-from . import sources
-from .console import Progress, document, out, table
-from .environment import environment
-from .errors import Error, UsageError
-from .machine import resolve
-from .peers import PEERS, parse
+from .. import sources
+from ..bench import model_bench as benches
+from ..bench.peers import PEERS, parse
+from ..console import Progress, document, out, table
+from ..environment import environment
+from ..errors import Error, UsageError
+from ..machine import resolve
 
 Options = argparse.Namespace
 
@@ -107,7 +107,7 @@ def difference_text(difference: dict[str, Any]) -> str:
 
 
 def _kernels(options: Options, threads: list[int]) -> int:
-    from . import kernel_bench, measure
+    from ..bench import kernel_bench, measure
 
     measure.import_tvm()
     if (options.kernels or "").startswith("embedding_bag"):
@@ -139,7 +139,7 @@ def _kernels(options: Options, threads: list[int]) -> int:
 
 
 def _embedding_bags(options: Options, threads: list[int]) -> int:
-    from . import embedding_bench
+    from ..bench import embedding_bench
 
     target = resolve(options.target[0]) if options.target else None
     cases = embedding_bench.cases(options.kernels, target)

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from . import measure, sources
-from .console import Progress
+from .. import sources
+from ..console import Progress
+from ..sources import Source
+from . import measure
 from .peers import Peer, PeerError, Prepared, Torch, aligned, compare
-from .sources import Source
 
 OURS, CALL = "dccompile", "dccompile m(x)"
 # Outputs of one model on two runtimes: float sums associate differently, and a code of a
@@ -67,7 +68,7 @@ def artifact_of(
     if source.kind == "dcm":
         assert source.path is not None
         return source.path, {}
-    from .compiler import compile
+    from ..compiler import compile
 
     start = time.perf_counter()
     made = compile(
@@ -93,7 +94,7 @@ def _bench(
     duration_s: float,
     warmup_s: float,
 ) -> dict[str, Any]:
-    from .runtime import load
+    from ..runtime.loader import load
 
     module = load(path, threads=threads)
     feeds = {name: aligned(a) for name, a in _feeds(source, module, inputs, batch).items()}
@@ -141,14 +142,14 @@ def _rows_of(feeds: Mapping[str, np.ndarray], batch: int) -> int:
 
 def _feeds(source: Source, module: Any, inputs: Sequence[str], batch: int) -> dict[str, np.ndarray]:
     if source.kind == "reference" and not inputs:
-        from . import models
+        from .. import models
 
         return dict(models.sample_inputs(source.name, batch, source.seed))
     return sources.make_inputs(module.inputs, inputs, batch)
 
 
 def _is_quantized(path: Path) -> bool:
-    from . import artifact
+    from ..runtime import artifact
 
     with artifact.read(path) as found:
         return any("8" in str(node["precision"]) for node in found.manifest["nodes"])
@@ -156,7 +157,7 @@ def _is_quantized(path: Path) -> bool:
 
 def _prepare(peer: Peer, source: Source, feeds: Mapping[str, np.ndarray], threads: int) -> Prepared:
     if isinstance(peer, Torch) and source.kind == "reference":
-        from .models import dlrm
+        from ..models import dlrm
 
         if source.name in dlrm.CONFIGS and peer.available() is None:
             return peer.prepare_module(_torch_module(source), feeds, threads)
@@ -168,7 +169,7 @@ def _torch_module(source: Source) -> Any:
     import torch
     from onnx import numpy_helper
 
-    from .models import dlrm, export
+    from ..models import dlrm, export
 
     module = dlrm.module(dlrm.CONFIGS[source.name])
     wanted = dict(module.named_parameters())
@@ -188,8 +189,8 @@ def agrees(difference: Mapping[str, Any], quantized: bool) -> bool:
 
 def call_overhead(duration_s: float, progress: Progress) -> dict[str, Any]:
     """Times a compiled model whose kernel is one addition of 4 floats: all but the call is free."""
-    from .compiler import compile
-    from .runtime import load
+    from ..compiler import compile
+    from ..runtime.loader import load
 
     progress.step("compile an addition of 4 floats")
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import Error, IncompatibleError, InputError
+from ..errors import Error, IncompatibleError, InputError
 from .ffi import import_tvm_ffi
 from .tensors import Shape, TensorSpec, aligned, describe
 

@@ -7,16 +7,15 @@ bytes, named ``.pad<n>``; the header is padded with spaces, as the format allows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import IncompatibleError
+from ..errors import IncompatibleError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .streams import Stream
 
 ALIGN = 64
 _MAX_HEADER = 100 << 20  # the limit of the safetensors readers
@@ -36,6 +35,37 @@ _CODES = {
     "float64": ("F64", 8),
 }
 _SIZES = dict(_CODES.values())
+
+
+@dataclass(frozen=True)
+class Stream:
+    """uint8[nbytes], as `pieces` gives it in order; equal `key` means equal bytes."""
+
+    nbytes: int
+    key: bytes
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def dtype(self) -> np.dtype:
+        import numpy as np
+
+        return np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.nbytes,)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The bytes. Raises ValueError where they are not as many as promised."""
+        import numpy as np
+
+        done = 0
+        for piece in self.pieces():
+            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            done += flat.nbytes
+            yield flat.data
+        if done != self.nbytes:
+            raise ValueError(f"a stream of {self.nbytes} bytes gave {done}")
 
 
 @dataclass(frozen=True)

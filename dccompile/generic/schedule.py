@@ -16,11 +16,11 @@ from tvm.s_tir.dlight.base import ScheduleRule
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ..machine import Machine
 from . import stages
 from .emit import Writer
 from .lanes import Memory, local, static
 from .loops import LAUNCH_NS, cost, count
-from .machine import Machine
 
 STACK = 8192  # bytes of a buffer that may live on the stack
 

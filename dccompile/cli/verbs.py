@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import sources
-from .console import Progress, document, out, table
-from .environment import environment
-from .errors import Error, UsageError
+from .. import sources
+from ..console import Progress, document, out, table
+from ..environment import environment
+from ..errors import Error, UsageError
 
 Options = argparse.Namespace
 
 
 def models(options: Options) -> int:
-    from . import models as zoo
+    from .. import models as zoo
 
     if options.action == "export":
         path = Path(options.output or f"{options.name}.onnx")
@@ -49,7 +49,7 @@ def models(options: Options) -> int:
 
 
 def check(options: Options) -> int:
-    from .checker import check as run
+    from ..checker import check as run
 
     source = sources.resolve(options.model, options.seed)
     with Progress(options.quiet) as progress:
@@ -79,7 +79,7 @@ def check(options: Options) -> int:
 
 
 def compile_(options: Options) -> int:
-    from .compiler import DEFAULT_TARGETS, compile
+    from ..compiler import DEFAULT_TARGETS, compile
 
     source = sources.resolve(options.model, options.seed)
     path = Path(options.output or f"{source.name}.dcm")
@@ -123,7 +123,7 @@ def run(options: Options) -> int:
     source = sources.resolve(options.model, options.seed)
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder, Progress(options.quiet) as p:
         path = _artifact(source, options, Path(folder), p)
-        from .runtime import load
+        from ..runtime.loader import load
 
         module = load(path, threads=options.threads)
         feeds = sources.make_inputs(module.inputs, options.input, options.batch)
@@ -155,13 +155,13 @@ def run(options: Options) -> int:
 
 
 def bench(options: Options) -> int:
-    from .bench_verb import bench as run_bench
+    from .bench import bench as run_bench
 
     return run_bench(options)
 
 
 def inspect(options: Options) -> int:
-    from . import artifact
+    from ..runtime import artifact
 
     path = Path(options.model)
     if not path.is_file():
@@ -199,10 +199,10 @@ def inspect(options: Options) -> int:
 
 
 def doctor(options: Options) -> int:
-    from . import linker
-    from .environment import thread_source
-    from .machine import TARGETS, missing_features
-    from .peers import PEERS
+    from .. import linker
+    from ..bench.peers import PEERS
+    from ..environment import thread_source
+    from ..machine import TARGETS, missing_features
 
     info = environment()
     targets = {name: missing_features(m.features) for name, m in TARGETS.items()}
@@ -246,7 +246,7 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
     """The artifact itself, or one compiled for this host alone."""
     if source.path is not None and source.kind == "dcm":
         return source.path
-    from .compiler import compile
+    from ..compiler import compile
 
     made = compile(
         source.compilable(),

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import IncompatibleError, UsageError
+from ..machine import default_threads, missing_features
 from . import artifact as dcm
 from . import ffi
-from .errors import IncompatibleError, UsageError
 from .ffi import import_tvm_ffi
-from .machine import default_threads, missing_features
 from .module import Bound, Module
 from .outputs import Outputs
 from .tensors import ALIGN, TensorSpec, aligned, uint8

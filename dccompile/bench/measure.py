@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from . import ffi, linker, threadpool
-from .machine import Machine
+from .. import linker, threadpool
+from ..machine import Machine
+from ..runtime import ffi
 
 MIN_SAMPLE_NS = 100_000
 MIN_ROUNDS = 5

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from ..errors import UsageError
 from .layout import MANIFEST, NAME, Entry, directory, local_header
 from .manifest import check_manifest
 from .params import Packed

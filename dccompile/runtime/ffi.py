@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from .errors import IncompatibleError
+from ..errors import IncompatibleError
 
 __all__ = ["configure_threads", "import_tvm_ffi", "load_library", "load_pool", "local"]
 

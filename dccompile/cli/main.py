@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import __version__
-from .errors import Error, UsageError
+from .. import __version__
+from ..errors import Error, UsageError
 
 EXIT_INTERNAL, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from . import tensors
-from .errors import UsageError
+from ..errors import UsageError
+from ..runtime import tensors
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -217,7 +217,7 @@ class Tvm(Peer):
         from tvm import relax
         from tvm.relax.frontend.onnx import from_onnx
 
-        from .machine import host
+        from ..machine import host
 
         proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model))
         shapes = {name: list(array.shape) for name, array in feeds.items()}

@@ -15,9 +15,9 @@ import tvm
 from tvm import ir, relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+from ..machine import Machine
 from .elementwise import clamped, each, greater, highest, is_float, lowest, number, relu, smaller
-from .generic import Report, schedule_generic
-from .machine import Machine
+from .schedule import Report, schedule_generic
 
 
 def target_of(machine: Machine) -> tvm.target.Target:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..workload import Gemm, GemmWeights
 from .peers import PEERS, PeerError, Prepared, aligned, one_line
-from .workload import Gemm, GemmWeights
 
 # Scales of A and of the output. Powers of two, so that b_scale = scale * Y / A and every way to
 # associate a_scale * b_scale / y_scale give the same float.

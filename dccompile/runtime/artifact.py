@@ -15,7 +15,7 @@ import stat
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import IncompatibleError
+from ..errors import IncompatibleError
 from .layout import (
     CENTRAL,
     COMMENT,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
 from .ffi import import_tvm_ffi
 
 ALIGN = 64

@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from . import ffi, measure, reference, registry
-from .console import Progress
-from .errors import UsageError
-from .kernel import Kernel
-from .machine import TARGETS, Machine, host, missing_features
+from .. import reference, registry
+from ..console import Progress
+from ..errors import UsageError
+from ..kernel import Kernel
+from ..machine import TARGETS, Machine, host, missing_features
+from ..runtime import ffi
+from ..workload import NUMPY, EmbeddingBag, EmbeddingTables
+from . import measure
 from .peers import PEERS, PeerError, compare
-from .workload import NUMPY, EmbeddingBag, EmbeddingTables
 
 OURS, TORCH = "kernel", "torch"
 FORMS = ("u8", "u4", "f16", "f32")  # how rows are stored

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from . import ffi, gemm_peers, measure, reference, registry
-from .console import Progress
-from .errors import UsageError
-from .kernel import Kernel
-from .machine import TARGETS, Machine, host, missing_features
+from .. import reference, registry
+from ..console import Progress
+from ..errors import UsageError
+from ..kernel import Kernel
+from ..machine import TARGETS, Machine, host, missing_features
+from ..runtime import ffi
+from ..workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
+from . import gemm_peers, measure
 from .peers import PeerError, compare
-from .workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
 
 OURS, CALL, PEAK = "kernel", "call", "peak"
 

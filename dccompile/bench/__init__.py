@@ -1,0 +1,1 @@
+"""Measuring: interleaved timing, the peers, whole models and single kernels."""

@@ -1,0 +1,1 @@
+"""The generic route: legalization, fusion and the schedule of operators without a kernel."""
