@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dccompile.cli import console, disassemble, sources, verbs
+from dccompile import console, sources
+from dccompile.cli import disassemble, verbs
 from dccompile.cli import main as cli
 from dccompile.errors import Error, UsageError
 
