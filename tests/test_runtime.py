@@ -18,7 +18,7 @@ import pytest
 import dccompile as dc
 from dccompile import machine
 from dccompile.runtime import artifact, ffi
-from dccompile.runtime import loader as runtime
+from dccompile.runtime.loader import loader as runtime
 from dccompile.runtime.loader import Module, TensorSpec
 
 W = np.arange(16, dtype=np.float32)
@@ -384,7 +384,7 @@ def test_many_python_threads_call_one_module(artifacts: Paths, threads: int) -> 
 POOL = """
 import os, sys
 import numpy as np
-from dccompile.runtime import load
+from dccompile.runtime.loader import load
 tasks = lambda: len(os.listdir("/proc/self/task"))
 x = np.ones((5000, 16), np.float32)
 before, cores = tasks(), os.sched_getaffinity(0)
@@ -413,7 +413,7 @@ def test_default_threads(artifacts: Paths, monkeypatch: pytest.MonkeyPatch) -> N
 FORK = """
 import os, signal, sys, threading, time
 import numpy as np
-from dccompile.runtime import load
+from dccompile.runtime.loader import load
 module = load(sys.argv[1], threads=int(sys.argv[2]))
 x = np.random.default_rng(0).random((4000, 16), np.float32)
 def call():
@@ -551,7 +551,7 @@ def test_beside_tvm(artifacts: Paths) -> None:
     code = """
 import sys
 import numpy as np
-from dccompile.runtime import load
+from dccompile.runtime.loader import load
 x = np.ones((4000, 16), np.float32)
 for _ in range(2):
     assert (load(sys.argv[1], threads=2)(x)[0] == 2 + np.arange(16)).all()
