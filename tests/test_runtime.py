@@ -18,7 +18,7 @@ import pytest
 import dccompile as dc
 from dccompile import machine
 from dccompile.runtime import artifact, ffi
-from dccompile.runtime.loader import loader as runtime
+from dccompile.runtime import loader as runtime
 from dccompile.runtime.loader import Module, TensorSpec
 
 W = np.arange(16, dtype=np.float32)
