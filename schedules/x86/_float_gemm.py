@@ -30,7 +30,7 @@ from ...workload import Gemm, GemmWeights
 from ._epilogue import Epilogue
 from ._ir import T, bits, i64, intrinsic, local, prim_func, ramp, splat, tirx
 
-_PARALLEL_US = 50.0  # work below this is not worth waking other threads, which takes about 5 us
+_PARALLEL_US = 20.0  # less is not worth sharing: a launch costs 1 to 3 us
 _UNITS = 16  # parallel units to aim at, so that a few threads get nearly equal shares
 _CHUNK_BYTES = 256 << 10  # rows of A that stay in L2 while panel after panel passes
 _GOPS = 115.0  # of one thread

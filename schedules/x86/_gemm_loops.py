@@ -22,7 +22,7 @@ from ._ir import T, bits, intrinsic, local, prim_func, ramp, splat, tirx
 if TYPE_CHECKING:
     from ._gemm_int import IntegerGemm
 
-_PARALLEL_US = 40.0  # work below this is not worth waking other threads, which takes about 5 us
+_PARALLEL_US = 20.0  # less is not worth sharing: a launch costs 1 to 3 us, and tiles of its own
 _UNITS = 32  # parallel units to aim at, so that a few threads get nearly equal shares
 _CHUNK_BYTES = 256 << 10  # rows of A that stay in L2 while panel after panel passes
 _WEIGHT_BYTES_PER_US = 80e3  # streaming W, where rows are few
