@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from memory import tensor
 
 from dccompile import machine, reference, registry
 from dccompile.bench import kernel_bench
@@ -14,14 +15,6 @@ from dccompile.generic import legalize, stack
 from dccompile.workload import NUMPY, Gemm
 
 KERNELS = [k.name for k in registry.kernels() if k.op == "gemm"]
-
-
-def _tensor(array: np.ndarray) -> Any:
-    raw = np.zeros(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy)
 
 
 def _check(work: Gemm, weights: Any, a: np.ndarray, got: np.ndarray) -> None:
@@ -50,6 +43,6 @@ def test_deployed_shapes(name: str) -> None:
     library = tvm.runtime.Executable(built)
     for i, (work, p) in enumerate(zip(works, params, strict=True)):
         weights, a = kernel_bench.problem(work)
-        out = _tensor(np.zeros((a.shape[0], work.n), NUMPY[work.out]))
-        library[f"f{i}"](_tensor(a), _tensor(kernel.pack(work, weights, p)), out)
+        out = tensor(np.zeros((a.shape[0], work.n), NUMPY[work.out]))
+        library[f"f{i}"](tensor(a), tensor(kernel.pack(work, weights, p)), out)
         _check(work, weights, a, out.numpy())

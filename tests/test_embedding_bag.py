@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import zlib
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
@@ -87,22 +86,6 @@ def _inputs(work, seed, bags):
     return index, cuts, weight
 
 
-def _aligned(shape, dtype, guard=0):
-    """A 64-byte aligned array of 0x5A bytes, and the bytes around and in it."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.full(nbytes + 2 * guard + 64, 0x5A, np.uint8)
-    start = -raw.ctypes.data % 64 + guard
-    return raw[start : start + nbytes].view(dtype).reshape(shape), raw
-
-
-def _tensor(array):
-    if not array.size:
-        return tvm.runtime.tensor(array)
-    copy, _ = _aligned(array.shape, array.dtype)
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy)
-
-
 class Case:
     """A workload with its tables, parameters and name in the compiled module."""
 
@@ -114,14 +97,14 @@ class Case:
         function = kernel.build(work, self.params, target)
         self.function = function.with_attr("global_symbol", self.symbol)
         self.packed = kernel.pack(work, self.tables, self.params)
-        self.w = _tensor(self.packed)
+        self.w = tensor(self.packed)
 
     def run(self, library, bags=None, guard=0):
         """Runs on `bags` bags, or those of the workload, and compares."""
         bags = self.work.bags or bags or 13
         inputs = _inputs(self.work, self.seed + bags, bags)
-        out, raw = _aligned((bags, self.work.tables, self.work.dim), np.float32, guard)
-        self.call(library, [_tensor(a) for a in inputs if a is not None], out)
+        out, raw = aligned((bags, self.work.tables, self.work.dim), np.float32, guard)
+        self.call(library, [tensor(a) for a in inputs if a is not None], out)
         expected = reference.embedding_bag(self.work, self.tables, *inputs)
         np.testing.assert_array_equal(out, expected, err_msg=f"{self.work} {self.params}")
         if guard:
@@ -224,26 +207,11 @@ def test_no_bags(name):
         library = _compile([case], target)
         index = np.zeros((0, 1, 4) if layout == "fixed" else (0,), np.int64)
         cuts = [] if layout == "fixed" else [np.zeros(0, np.int64)]
-        inputs = [_tensor(a) for a in (index, *cuts)]
-        library[case.symbol](*inputs, case.w, _tensor(np.zeros((0, 1, 16), np.float32)))
+        inputs = [tensor(a) for a in (index, *cuts)]
+        library[case.symbol](*inputs, case.w, tensor(np.zeros((0, 1, 16), np.float32)))
 
 
 # ---- memory ----
-def _before_a_hole(array):
-    """The array at the end of a page that no readable page follows."""
-    page = mmap.PAGESIZE
-    pages = -(-array.nbytes // page)
-    region = mmap.mmap(-1, (pages + 1) * page)
-    view = np.frombuffer(region, np.uint8)
-    hole = ctypes.c_void_p(view.ctypes.data + pages * page)
-    assert ctypes.CDLL(None, use_errno=True).mprotect(hole, page, 0) == 0
-    start = pages * page - array.nbytes
-    copy = view[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    assert copy.ctypes.data % 64 == 0
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy), region
-
-
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past the inputs is read (that would be a segmentation fault)."""
@@ -256,8 +224,8 @@ def test_memory_bounds(name):
     for case in cases:
         index, _, weight = _inputs(case.work, case.seed, 4)
         index[:, 1] = 1  # the last row
-        held = [_before_a_hole(a) for a in (index, weight, case.packed)]
-        out, _ = _aligned((4, 2, case.work.dim), np.float32)
+        held = [before_a_hole(a) for a in (index, weight, case.packed)]
+        out, _ = aligned((4, 2, case.work.dim), np.float32)
         library[case.symbol](*(t for t, _ in held), tvm.runtime.from_dlpack(out))
         expected = reference.embedding_bag(case.work, case.tables, index, None, weight)
         np.testing.assert_array_equal(out, expected, err_msg=str(case.work))
@@ -322,9 +290,9 @@ def test_error(name, label):
     case, (_, change, message) = cases[label], ERRORS[label]
     index, cuts, _ = _inputs(case.work, case.seed, 13)
     change(index, cuts)
-    out, _ = _aligned((13, case.work.tables, 24), np.float32)
+    out, _ = aligned((13, case.work.tables, 24), np.float32)
     with pytest.raises(ValueError, match=message) as caught:
-        case.call(library, [_tensor(a) for a in (index, cuts) if a is not None], out)
+        case.call(library, [tensor(a) for a in (index, cuts) if a is not None], out)
     assert str(caught.value).startswith("DC211")
     case.run(library)  # an error leaves nothing behind
 
@@ -339,12 +307,12 @@ def test_error_in_a_thread(name, threads):
     library = measure.build(function.with_attr("global_symbol", "bags"), target)
     index, _, _ = _inputs(work, 0, 500)
     index[499, 1, 29] = 70
-    out, _ = _aligned((500, 2, 16), np.float32)
-    packed = _tensor(kernel.pack(work, tables, kernel.default(work, target)))
+    out, _ = aligned((500, 2, 16), np.float32)
+    packed = tensor(kernel.pack(work, tables, kernel.default(work, target)))
     ffi.configure_threads(threads)
     text = "table '(zweite){17}zw' of 70 rows: index 70 at .499, 1, 29."
     with pytest.raises(ValueError, match=text):
-        library["bags"](_tensor(index), packed, tvm.runtime.from_dlpack(out))
+        library["bags"](tensor(index), packed, tvm.runtime.from_dlpack(out))
 
 
 # ---- selection and packing ----

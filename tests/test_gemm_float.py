@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import zlib
 from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import pytest
+from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
@@ -36,20 +35,6 @@ def _kernel(name):
     return kernel, TARGETS[name.rpartition("_")[2]]
 
 
-def _aligned(shape, dtype, guard=0):
-    """A 64-byte aligned array of 0x5A bytes, and the bytes around and in it."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.full(nbytes + 2 * guard + 64, 0x5A, np.uint8)
-    start = -raw.ctypes.data % 64 + guard
-    return raw[start : start + nbytes].view(dtype).reshape(shape), raw
-
-
-def _tensor(array):
-    copy, _ = _aligned(array.shape, array.dtype)
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy)
-
-
 class Case:
     """A workload with its weights, parameters and name in the compiled module."""
 
@@ -73,20 +58,20 @@ class Case:
 
     @cached_property
     def packed(self):
-        return _tensor(self.kernel.pack(self.work, self.weights, self.params))
+        return tensor(self.kernel.pack(self.work, self.weights, self.params))
 
     def a(self, m):
         return np.random.default_rng(self.seed + m).normal(0, 1, (m, self.work.k)).astype("f4")
 
     def call(self, library, a, out):
         """C, in `out`, of A as an array or a tensor."""
-        a = _tensor(a) if isinstance(a, np.ndarray) else a
+        a = tensor(a) if isinstance(a, np.ndarray) else a
         library[self.symbol](a, self.packed, tvm.runtime.from_dlpack(out))
 
     def run(self, library, m=None):
         m = self.work.m or m
         a = self.a(m)
-        out, _ = _aligned((m, self.work.n), "f4")
+        out, _ = aligned((m, self.work.n), "f4")
         self.call(library, a, out)
         self.check(a, out)
 
@@ -226,7 +211,7 @@ def test_special_values(name):
             case.weights.bias[...] = 0
         a = np.ones((len(specials), 3), np.float32)
         a[:, 1] = specials
-        out, _ = _aligned((len(specials), 21), "f4")
+        out, _ = aligned((len(specials), 21), "f4")
         case.call(library, a, out)
         with np.errstate(invalid="ignore", over="ignore"):
             expected = reference.gemm(case.work, case.weights, a)
@@ -241,7 +226,7 @@ def test_special_weights(name):
     case = Case(kernel, target, Gemm(5, 19, 4, "f32", kernel.weights, "f32", activation="relu"))
     case.weights.b[1, 3], case.weights.b[2, 18] = np.inf, np.nan
     a = np.abs(case.a(5))
-    out, _ = _aligned((5, 19), "f4")
+    out, _ = aligned((5, 19), "f4")
     case.call(_compile([case], target), a, out)
     assert np.isinf(out[:, 3]).all() and np.isnan(out[:, 18]).all()
     rest = np.delete(np.arange(19), [3, 18])
@@ -280,27 +265,12 @@ def test_like_onnxruntime(name):
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )
         expected = session.run(None, {"a": a})[0]
-        out, _ = _aligned((8, 20), "f4")
+        out, _ = aligned((8, 20), "f4")
         case.call(_compile([case], target), a, out)
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5, err_msg=str(epilogue))
 
 
 # ---- memory ----
-def _before_a_hole(array):
-    """The array at the end of a page that no readable page follows."""
-    page = mmap.PAGESIZE
-    pages = -(-array.nbytes // page)
-    region = mmap.mmap(-1, (pages + 1) * page)
-    view = np.frombuffer(region, np.uint8)
-    hole = ctypes.c_void_p(view.ctypes.data + pages * page)
-    assert ctypes.CDLL(None, use_errno=True).mprotect(hole, page, 0) == 0
-    start = pages * page - array.nbytes
-    copy = view[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    assert copy.ctypes.data % 64 == 0
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy), region
-
-
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past A is read (that would be a segmentation fault), nothing around C is written."""
@@ -315,8 +285,8 @@ def test_memory_bounds(name):
     for case in cases:
         m = case.work.m or 16
         values = case.a(m)
-        a, region = _before_a_hole(values)
-        out, raw = _aligned((m, case.work.n), "f4", guard=256)
+        a, region = before_a_hole(values)
+        out, raw = aligned((m, case.work.n), "f4", guard=256)
         case.call(library, a, out)
         case.check(values, out)
         out[...] = np.full(out.nbytes, 0x5A, np.uint8).view("f4").reshape(out.shape)

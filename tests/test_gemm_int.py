@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import zlib
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
@@ -79,20 +78,6 @@ def _inputs(work, m, seed):
     return inputs
 
 
-def _aligned(shape, dtype, guard=0):
-    """A 64-byte aligned array of 0x5A bytes, and the bytes around and in it."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.full(nbytes + 2 * guard + 64, 0x5A, np.uint8)
-    start = -raw.ctypes.data % 64 + guard
-    return raw[start : start + nbytes].view(dtype).reshape(shape), raw
-
-
-def _tensor(array):
-    copy, _ = _aligned(array.shape, array.dtype)
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy)
-
-
 class Case:
     """A workload with its weights, parameters and name in the compiled module."""
 
@@ -102,13 +87,13 @@ class Case:
         self.weights = _weights(work, self.seed)
         self.symbol = f"f{self.seed:x}"
         self.function = kernel.build(work, params, target).with_attr("global_symbol", self.symbol)
-        self.packed = _tensor(kernel.pack(work, self.weights, params))
+        self.packed = tensor(kernel.pack(work, self.weights, params))
 
     def run(self, library, m=None):
         m = self.work.m or m
         inputs = _inputs(self.work, m, self.seed)
-        out, _ = _aligned((m, self.work.n), NUMPY[self.work.out])
-        a, *scalars = [_tensor(array) for array in inputs]
+        out, _ = aligned((m, self.work.n), NUMPY[self.work.out])
+        a, *scalars = [tensor(array) for array in inputs]
         library[self.symbol](a, self.packed, *scalars, tvm.runtime.from_dlpack(out))
         _check(out, reference.gemm(self.work, self.weights, *inputs), f"{self.work} {self.params}")
 
@@ -257,29 +242,14 @@ def test_overflow(name):
         a, a_zero, _ = _inputs(case.work, 5, case.seed)
         for scale in (1e12, -1e30, np.inf, -np.inf, np.nan, 0.0):
             a_scale = np.array([scale], np.float32)
-            out, _ = _aligned((5, 24), NUMPY[case.work.out])
-            tensors = [_tensor(a), case.packed, _tensor(a_zero), _tensor(a_scale)]
+            out, _ = aligned((5, 24), NUMPY[case.work.out])
+            tensors = [tensor(a), case.packed, tensor(a_zero), tensor(a_scale)]
             library[case.symbol](*tensors, tvm.runtime.from_dlpack(out))
             expected = reference.gemm(case.work, case.weights, a, a_zero, a_scale)
             _check(out, expected, f"{case.work} {scale}")
 
 
 # ---- memory ----
-def _before_a_hole(array):
-    """The array at the end of a page that no readable page follows."""
-    page = mmap.PAGESIZE
-    pages = -(-array.nbytes // page)
-    region = mmap.mmap(-1, (pages + 1) * page)
-    view = np.frombuffer(region, np.uint8)
-    hole = ctypes.c_void_p(view.ctypes.data + pages * page)
-    assert ctypes.CDLL(None, use_errno=True).mprotect(hole, page, 0) == 0
-    start = pages * page - array.nbytes
-    copy = view[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    assert copy.ctypes.data % 64 == 0
-    copy[...] = array
-    return tvm.runtime.from_dlpack(copy), region
-
-
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past A is read (that would be a segmentation fault), nothing around C is written."""
@@ -296,8 +266,8 @@ def test_memory_bounds(name):
     for case in cases:
         m = case.work.m or 64
         inputs = _inputs(case.work, m, case.seed)
-        a, region = _before_a_hole(inputs[0])
-        out, raw = _aligned((m, case.work.n), NUMPY[case.work.out], guard=256)
+        a, region = before_a_hole(inputs[0])
+        out, raw = aligned((m, case.work.n), NUMPY[case.work.out], guard=256)
         library[case.symbol](a, case.packed, tvm.runtime.from_dlpack(out))
         _check(out, reference.gemm(case.work, case.weights, *inputs), str(case.work))
         out[...] = np.full(out.nbytes, 0x5A, np.uint8).view(out.dtype).reshape(out.shape)
