@@ -132,7 +132,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
                 "symbol": p.symbol,
                 **p.choice.to_json(),
                 "workload": p.site.workload.to_json(),
-                "node": p.site.nodes[-1],
+                "node": p.site.name,
             }
             for p in low.placed
         ]
