@@ -22,7 +22,6 @@ from .runtime import artifact
 if TYPE_CHECKING:
     from .runtime.loader import Module
 
-Model = "str | os.PathLike[str] | bytes | onnx.ModelProto"
 PRECISIONS = ("keep", "fp16-weights")
 EMBEDDINGS = ("keep", "fp16", "int8", "int4")
 DEFAULT_TARGETS = ("host", "x86-64-v3")

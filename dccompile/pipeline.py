@@ -91,11 +91,11 @@ def front(
 def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     """Everything up to code generation for one machine; adds its constants."""
     imported = convert.to_relax(front.recovered, machine, front.graph.symbols)
-    mod, report = legalize.fuse_report(imported.mod, machine)
+    mod, unscheduled = legalize.fuse(imported.mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     requirements = [(r.condition, r.message) for r in imported.requirements]
     mod, program = aot.lower(mod, bounds, constants.place, imported.streams, requirements)
-    return Lowered(machine, mod, program, imported.placed, report.left)
+    return Lowered(machine, mod, program, imported.placed, unscheduled)
 
 
 def generate(lowered: Lowered, library: Path) -> None:

@@ -271,14 +271,13 @@ def _peak_kernel(machine: Machine, threads: int, instruction: str) -> tuple[Any,
 def build(func: Any, machine: Machine) -> Any:
     """Compiles one PrimFunc, named by its global_symbol, and loads it as an artifact's code is."""
     tvm = import_tvm()
-    target = tvm.target.Target({"kind": "llvm", "mcpu": machine.mcpu, "mattr": list(machine.mattr)})
+    from ..generic import legalize, stack
+
     name = str(func.attrs["global_symbol"])
-    # as artifacts are built: without that pass, small buffers may stay on the stack
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        module = tvm.compile(tvm.IRModule({name: func}), target=target)
+    module = stack.build(tvm.IRModule({name: func}), legalize.target_of(machine))
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder:
         code, library = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
-        getattr(module, "mod", module).write_to_file(str(code), "o")
+        module.write_to_file(str(code), "o")
         linker.link([code], library)
         ffi.load_pool(memoryview(_pool_image()), name)
         return ffi.load_library(memoryview(library.read_bytes()), name, name)

@@ -107,64 +107,42 @@ def difference_text(difference: dict[str, Any]) -> str:
 
 
 def _kernels(options: Options, threads: list[int]) -> int:
-    from ..bench import kernel_bench, measure
+    from ..bench import embedding_bench, kernel_bench, measure
 
     measure.import_tvm()
-    if (options.kernels or "").startswith("embedding_bag"):
-        return _embedding_bags(options, threads)
+    bags = (options.kernels or "").startswith("embedding_bag")
+    bench: Any = embedding_bench if bags else kernel_bench
     target = resolve(options.target[0]) if options.target else None
-    cases = kernel_bench.cases(options.kernels or None, target)
+    cases = bench.cases(options.kernels or None, target)
     against = [p.name for p in parse(options.against)] if options.against else list(PEERS)
     duration = sources.parse_seconds(options.duration or "1s")
     warmup = min(sources.parse_seconds(options.warmup), duration / 5)
     results = []
     with Progress(options.quiet) as progress:
         for count in threads:
-            found = kernel_bench.run(cases, count, duration, warmup, against, progress)
+            found = bench.run(cases, count, duration, warmup, against, progress)
             results.append({"threads": count, **found})
     if options.json:
         document("bench", {"environment": environment(max(threads)), "kernels": results})
     else:
         for result in results:
-            _kernel_tables(result)
+            if bags:
+                out(f"threads: {result['threads']}; limit: a kernel that only touches the lines")
+                table(embedding_bench.HEADERS, [embedding_bench.cells(r) for r in result["rows"]])
+            else:
+                _kernel_tables(result)
     rows = [row for result in results for row in result["rows"]]
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         places = ", ".join(f"{r['kernel']} {'x'.join(map(str, r['shape']))}" for r in wrong[:5])
         raise Error(f"{len(wrong)} of {len(rows)} rows are wrong: {places}. Fix: report", "DC5000")
+    if bags:
+        ratios = [p["ratio"] for row in rows for p in row["peers"].values() if p.get("ratio")]
+        _gate(min(ratios, default=None), options.fail_below, "bench --kernels, least ratio")
+        return 0
     means = [m["best"] for result in results for m in result["geometric_means"]]
     best = None if None in means else min(means, default=None)
     _gate(best, options.fail_below, "bench --kernels, geometric mean")
-    return 0
-
-
-def _embedding_bags(options: Options, threads: list[int]) -> int:
-    from ..bench import embedding_bench
-
-    target = resolve(options.target[0]) if options.target else None
-    cases = embedding_bench.cases(options.kernels, target)
-    against = [p.name for p in parse(options.against)] if options.against else None
-    duration = sources.parse_seconds(options.duration or "1s")
-    warmup = min(sources.parse_seconds(options.warmup), duration / 5)
-    results = []
-    with Progress(options.quiet) as progress:
-        for count in threads:
-            found = embedding_bench.run(cases, count, duration, warmup, against, progress)
-            results.append({"threads": count, **found})
-    if options.json:
-        document("bench", {"environment": environment(max(threads)), "kernels": results})
-    else:
-        for result in results:
-            out(f"threads: {result['threads']}; % limit: of a kernel that only touches the lines")
-            table(embedding_bench.HEADERS, [embedding_bench.cells(r) for r in result["rows"]])
-    rows = [row for result in results for row in result["rows"]]
-    wrong = [row["kernel"] for row in rows if not row["correct"]]
-    if wrong:
-        raise Error(
-            f"{len(wrong)} of {len(rows)} rows are wrong: {wrong[0]}. Fix: report", "DC5000"
-        )
-    ratios = [p["ratio"] for row in rows for p in row["peers"].values() if p.get("ratio")]
-    _gate(min(ratios, default=None), options.fail_below, "bench --kernels, least ratio")
     return 0
 
 

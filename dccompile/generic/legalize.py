@@ -17,7 +17,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from ..machine import Machine
 from .elementwise import clamped, each, greater, highest, is_float, lowest, number, relu, smaller
-from .schedule import Report, schedule_generic
+from .schedule import schedule_generic
 
 
 def target_of(machine: Machine) -> tvm.target.Target:
@@ -32,12 +32,6 @@ def fuse(mod: ir.IRModule, machine: Machine) -> tuple[ir.IRModule, dict[str, str
 
     With it, the functions that the generic schedule left as they were, and why.
     """
-    mod, report = fuse_report(mod, machine)
-    return mod, report.left
-
-
-def fuse_report(mod: ir.IRModule, machine: Machine) -> tuple[ir.IRModule, Report]:
-    """`fuse` and what the generic schedule says of each function."""
     t = relax.transform
     with target_of(machine):
         mod = fold_layout(mod)
@@ -49,7 +43,8 @@ def fuse_report(mod: ir.IRModule, machine: Machine) -> tuple[ir.IRModule, Report
         mod = t.FuseOps()(mod)
         mod = t.FuseTIR()(mod)
         mod = t.DeadCodeElimination()(mod)
-        return schedule_generic(mod, machine)
+        mod, report = schedule_generic(mod, machine)
+    return mod, report.left
 
 
 def relabel(mod: ir.IRModule) -> ir.IRModule:
