@@ -14,10 +14,18 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from .machine import Machine
-from .workload import EmbeddingBag, EmbeddingTables, Gemm, GemmWeights, Interaction
+from .workload import (
+    Conv,
+    ConvWeights,
+    EmbeddingBag,
+    EmbeddingTables,
+    Gemm,
+    GemmWeights,
+    Interaction,
+)
 
-WorkloadT = TypeVar("WorkloadT", Gemm, EmbeddingBag, Interaction)
-WeightsT = TypeVar("WeightsT", GemmWeights, EmbeddingTables, None)
+WorkloadT = TypeVar("WorkloadT", Gemm, Conv, EmbeddingBag, Interaction)
+WeightsT = TypeVar("WeightsT", GemmWeights, ConvWeights, EmbeddingTables, None)
 
 
 class Kernel(ABC, Generic[WorkloadT, WeightsT]):
@@ -60,11 +68,14 @@ class Kernel(ABC, Generic[WorkloadT, WeightsT]):
 
         - gemm: A (m, k); W; with workload.runtime a_zero (1,) and, unless out is s32, a_scale
           (1,) f32; C (m, n)
+        - conv: A (batch, d, h, w, channels); W; with workload.residual R of C's shape;
+          C (batch, d, h, w, filters)
         - embedding_bag: index; unless the layout is 'fixed' its offsets or lengths; with
           workload.weighted the weights, f32, of the index's shape; W; out (bags, tables, dim) f32
         - interaction: dense (bags, dim); rows (bags, vectors - 1, dim); out (bags, dim + pairs)
 
-        m, bags and the number of terms are symbolic int64 where the workload leaves them open.
+        m, batch, bags and the number of terms are symbolic int64 where the workload leaves them
+        open.
         """
 
     def candidates(self, machine: Machine) -> Iterator[Any]:

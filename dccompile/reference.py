@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from .workload import INT8_LIMITS, NUMPY, EmbeddingBag, EmbeddingTables, Gemm, GemmWeights
+from .workload import (
+    INT8_LIMITS,
+    NUMPY,
+    Conv,
+    ConvWeights,
+    EmbeddingBag,
+    EmbeddingTables,
+    Gemm,
+    GemmWeights,
+)
 
 
 def gemm(
@@ -43,7 +52,9 @@ def gemm(
             y = fma(y, scale, weights.bias)
         else:
             y = y * scale
-    return activate(workload, y) if workload.out == "f32" else quantize(workload, y)
+    if workload.out == "f32":
+        return activate(workload, y)
+    return quantize(workload.out, y, workload.zero_point, workload.clamp)
 
 
 def accumulate(
@@ -82,21 +93,21 @@ def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
 
 
-def quantize(workload: Gemm, y: np.ndarray) -> np.ndarray:
+def quantize(out: str, y: np.ndarray, zero_point: int, clamp: tuple[int, int] | None) -> np.ndarray:
     """clamp(saturate(rint(y) + zero_point)) in the 8-bit type of the output; NaN gives its least.
 
     NaN comes only from a runtime scale that is NaN or infinite.
     """
-    low, high = INT8_LIMITS[workload.out]
+    low, high = INT8_LIMITS[out]
     # an f32 beyond 2**20 saturates whatever the zero point is
     limited = np.clip(np.where(np.isnan(y), -np.inf, y), -(2.0**20), 2.0**20)
-    codes = np.clip(np.rint(limited).astype(np.int64) + workload.zero_point, low, high)
-    if workload.clamp is not None:
-        codes = np.clip(codes, *workload.clamp)
-    return codes.astype(NUMPY[workload.out])
+    codes = np.clip(np.rint(limited).astype(np.int64) + zero_point, low, high)
+    if clamp is not None:
+        codes = np.clip(codes, *clamp)
+    return codes.astype(NUMPY[out])
 
 
-def activate(workload: Gemm, y: np.ndarray) -> np.ndarray:
+def activate(workload: Gemm | Conv, y: np.ndarray) -> np.ndarray:
     """The activation of a float32 output; a NaN stays one."""
     with np.errstate(over="ignore"):
         if workload.activation == "relu":
@@ -110,6 +121,69 @@ def activate(workload: Gemm, y: np.ndarray) -> np.ndarray:
         if workload.activation == "tanh":
             return np.tanh(y.astype(np.float64)).astype(np.float32)
     return y
+
+
+def conv(
+    workload: Conv, weights: ConvWeights, a: np.ndarray, r: np.ndarray | None = None
+) -> np.ndarray:
+    """C of A and R, exactly as the docstring of `Conv` defines it.
+
+    Float workloads accumulate in float64: there, equality is not to be expected.
+    """
+    sums = convolve(workload, weights, a)  # whole numbers below 2**53: exact
+    if workload.a == "f32":
+        if weights.bias is not None:
+            sums = sums + weights.bias.astype(np.float64)
+        if r is not None:
+            sums = sums + r.astype(np.float64)
+        return activate(workload, sums.astype(np.float32))
+    acc = sums.astype(np.int64)
+    if workload.bias == "s32":
+        assert weights.bias is not None
+        acc = acc + weights.bias.astype(np.int64)
+    if workload.out == "s32":
+        return acc.astype(np.int32)
+    assert weights.scale is not None
+    y, scale = acc.astype(np.int32).astype(np.float32), weights.scale.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if workload.bias == "f32":
+            assert weights.bias is not None
+            y = fma(y, scale, weights.bias)
+        else:
+            y = y * scale
+        if workload.out == "f32":
+            return activate(workload, y)
+        if workload.residual is not None:
+            w = weights.residual
+            assert w is not None and r is not None
+            other = fma(r.astype(np.float32), np.float32(w.b), np.float32(w.c))
+            if workload.residual.inner:
+                q = np.clip(np.rint(y), np.float32(w.low), np.float32(w.high))
+                y = fma(q, np.float32(w.a), other)
+            else:
+                y = y + other
+    return quantize(workload.out, y, weights.zero_point, weights.clamp)
+
+
+def convolve(workload: Conv, weights: ConvWeights, a: np.ndarray) -> np.ndarray:
+    """The sums of products (batch, d, h, w, filters) in float64, tap after tap."""
+    groups, b = workload.groups, weights.b.astype(np.float64)
+    outputs = workload.outputs
+    pads = [(0, 0), *((max(p, 0), max(q, 0)) for p, q in workload.pads), (0, 0)]
+    wide = np.pad(a.astype(np.float64) - weights.a_zero, pads)
+    wide = wide.reshape(*wide.shape[:-1], groups, workload.group_channels)
+    b = b.reshape(*workload.kernel, workload.group_channels, groups, -1)
+    out = np.zeros((a.shape[0], *outputs, groups, workload.filters // groups))
+    for tap in np.ndindex(*workload.kernel):
+        where = tuple(
+            slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride)
+            for t, dilation, stride, size in zip(
+                tap, workload.dilations, workload.strides, outputs, strict=True
+            )
+        )
+        here = (slice(None), *where)
+        out += np.einsum("ndhwgc,cgo->ndhwgo", wide[here], b[tap], optimize=True)
+    return out.reshape(*out.shape[:-2], workload.filters)
 
 
 def embedding_bag(

@@ -9,13 +9,14 @@ from typing import Any
 from .errors import ScheduleError
 from .kernel import Kernel
 from .machine import Machine
-from .workload import EmbeddingBag, Gemm, Interaction
+from .workload import Conv, EmbeddingBag, Gemm, Interaction
 
 
 @dataclass(frozen=True)
 class Choice:
     """A kernel with parameters, and why: `source` is exact, nearest, family or default."""
 
+    workload: Gemm | Conv | EmbeddingBag | Interaction
     kernel: Kernel
     params: Any
     source: str
@@ -38,7 +39,7 @@ def runnable(machine: Machine) -> list[Kernel]:
     return [k for k in kernels() if set(k.features) <= set(machine.features)]
 
 
-def select(workload: Gemm | EmbeddingBag | Interaction, machine: Machine) -> Choice:
+def select(workload: Gemm | Conv | EmbeddingBag | Interaction, machine: Machine) -> Choice:
     """The first kernel of the list that the machine can run and that takes the workload.
 
     Raises ScheduleError, with every refusal, where there is none.
@@ -51,7 +52,7 @@ def select(workload: Gemm | EmbeddingBag | Interaction, machine: Machine) -> Cho
         if reason is None:
             params = kernel.default(workload, machine)
             why = "no tuning record: the default of its analytical model"
-            return Choice(kernel, params, "default", why)
+            return Choice(workload, kernel, params, "default", why)
         refusals.append(f"{kernel.name}: {reason}")
     raise ScheduleError(
         f"{workload.describe()}: no kernel for {machine.name} takes it ({'; '.join(refusals)}). "

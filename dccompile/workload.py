@@ -7,6 +7,7 @@ schedules, tuning records and benches all speak of these records.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,162 @@ def accumulator_bound(weights: GemmWeights, a: str) -> np.ndarray:
     if weights.bias is not None and weights.bias.dtype == np.int32:
         bound = bound + np.abs(weights.bias.astype(np.float64))
     return bound
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A tensor R (batch, d, h, w, filters), of C's shape, that is added to a convolution.
+
+    `dtype` is u8 or s8 for integer convolutions, f32 otherwise. `inner` is the type, u8 or s8, to
+    which the convolution itself is quantized before the sum; "": not at all. Which numbers go into
+    it is in `ResidualWeights`; the arithmetic in `Conv`.
+    """
+
+    dtype: str  # u8 | s8 | f32
+    inner: str = ""  # "" | u8 | s8
+
+
+@dataclass(frozen=True)
+class Conv:
+    """C[n, d, h, w, o]: convolution in channels-last layout, three spatial dims, d and h may be 1.
+
+    acc = sum over kd, kh, kw, c of
+          (A[n, d*sd + kd*dd - front, h*sh + kh*dh - top, w*sw + kw*dw - left, g*cg + c] - a_zero)
+          * B[kd, kh, kw, c, o],  cg = channels / groups, g = o / (filters / groups);
+    what lies outside of A adds nothing. A has `channels`, C `filters` channels, A is u8 and B s8,
+    or both are f32. acc is exact s32 (the front end promises |acc| < 2**31), with an s32 bias in
+    it. Then, every operation rounding once, half to even:
+
+    - out s32:    C = acc
+    - out f32:    y = f32(acc) * scale[o], or fma(f32(acc), scale[o], bias[o]) with an f32 bias;
+                  C = activation(y)
+    - out u8, s8: y as above, the factors already divided by the output scale;
+                  C = clamp(saturate(rint(y) + zero_point))
+    - with `residual` (out u8 or s8), its weights being a, b, c, low, high:
+                  `inner`: q = min(max(rint(y), low), high); y = fma(q, a, fma(f32(R), b, c))
+                  else:    y = y + fma(f32(R), b, c)
+                  C = clamp(saturate(rint(y) + zero_point))
+
+    Floats (out f32): y = sum A * B, f32 accumulation in any order, + bias[o] (+ R);
+    C = activation(y).
+
+    Values that differ between otherwise equal layers (zero points, clamps, scales) are in the
+    weights, so that such layers share one kernel.
+    """
+
+    batch: int | None  # None: known when called
+    size: tuple[int, int, int]  # of A: d, h, w
+    channels: int
+    filters: int
+    kernel: tuple[int, int, int]
+    strides: tuple[int, int, int] = (1, 1, 1)
+    dilations: tuple[int, int, int] = (1, 1, 1)
+    pads: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # before and after, per dim
+    groups: int = 1
+    a: str = "u8"  # u8 | f32
+    b: str = "s8"  # s8 | f32
+    out: str = "u8"  # u8 | s8 | s32 | f32
+    bias: str = "none"  # none | s32 | f32
+    b_bits: int = 8  # 7: every |b| <= 64, so that pairs of u8*s8 products fit 16 bits
+    shifted: bool = False  # the zero point of C is not 0
+    clamped: bool = False  # C is clamped to fewer codes than its type has
+    activation: str = "none"  # of an f32 output: none | relu | sigmoid | tanh | clip
+    clip: tuple[float, float] | None = None  # bounds of activation 'clip'
+    bounded: bool = False  # |y| < 2**31 is proven for every input
+    padded: bool = False  # a_zero is not 0: taps outside of A change the sum of those inside
+    residual: Residual | None = None
+
+    op = "conv"
+
+    @property
+    def outputs(self) -> tuple[int, int, int]:
+        """Spatial dims of C."""
+        d, h, w = (
+            (size + sum(pad) - (k - 1) * dilation - 1) // stride + 1
+            for size, pad, k, dilation, stride in zip(
+                self.size, self.pads, self.kernel, self.dilations, self.strides, strict=True
+            )
+        )
+        return d, h, w
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has a filter, and only one, of its own."""
+        return self.groups == self.channels == self.filters
+
+    @property
+    def ops(self) -> int:
+        """Operations (multiply and add counted apart), taps in the padding included."""
+        taps = prod(self.kernel) * self.group_channels
+        return 2 * (self.batch or 1) * prod(self.outputs) * self.filters * taps
+
+    @property
+    def dtypes(self) -> str:
+        """The dtype part of kernel names: A, B, accumulator."""
+        return self.a + self.b + ("f32" if self.a == "f32" else "s32")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        names = "batch size channels filters kernel strides dilations pads groups".split()
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> str:
+        """One line for people: ``conv u8s8s32 1x56x56x64 -> 256, 3x3 stride 2 -> u8``."""
+
+        def dims(values: tuple[int, int, int]) -> str:
+            return "x".join(map(str, values[1:] if values[0] == 1 else values))
+
+        batch = "?" if self.batch is None else str(self.batch)
+        size = dims(self.size) if self.kernel[0] == 1 else "x".join(map(str, self.size))
+        parts = [f"conv {self.dtypes} {batch}x{size}x{self.channels} -> {self.filters},"]
+        parts.append(dims(self.kernel) if self.kernel[0] == 1 else "x".join(map(str, self.kernel)))
+        if max(self.strides) > 1:
+            parts.append(f"stride {dims(self.strides)}")
+        if max(self.dilations) > 1:
+            parts.append(f"dilation {dims(self.dilations)}")
+        if self.groups > 1:
+            parts.append("depthwise" if self.depthwise else f"{self.groups} groups")
+        parts.append(f"-> {self.out}")
+        parts += [f"+{self.bias} bias"] if self.bias != "none" else []
+        parts += ["+residual"] if self.residual else []
+        parts += [self.activation] if self.activation != "none" else []
+        return " ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"op": self.op, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ResidualWeights:
+    """Numbers of a residual sum: y = fma(q, a, fma(f32(R), b, c)), q limited to low .. high."""
+
+    a: float = 1.0
+    b: float = 1.0
+    c: float = 0.0
+    low: int = -128
+    high: int = 127
+
+
+@dataclass
+class ConvWeights:
+    """The constant operands of a Conv.
+
+    b (kd, kh, kw, channels / groups, filters) s8 or f32 · scale (filters,) f32: the factor of the
+    accumulator · bias (filters,) s32 or f32 · a_zero: A's zero point · zero_point, clamp: of an u8
+    or s8 output, in its codes.
+    """
+
+    b: np.ndarray
+    scale: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    a_zero: int = 0
+    zero_point: int = 0
+    clamp: tuple[int, int] | None = None
+    residual: ResidualWeights | None = None
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,61 @@ def evaluate(recovered: Recovered, feeds):
             c = reference.gemm(work, found.weights, a.reshape(-1, work.k), *runtime)
             return (c.reshape(*a.shape[:-1], work.n),)
 
+    class DccConv(OpRun):
+        op_domain = "dccompile"
+
+        def _run(self, a, r=None, site=None):
+            found = recovered.convs[site]
+            work = found.workload
+            assert a.ndim == found.rank
+            assert work.batch is None or work.batch == len(a)
+            outputs = (len(a), *work.outputs, work.filters)
+            deep = [
+                None if x is None else x.reshape(len(a), *dims)
+                for x, dims in ((a, (*work.size, work.channels)), (r, outputs[1:]))
+            ]
+            c = reference.conv(work, found.weights, *deep)
+            assert c.shape == outputs
+            inter = found.interleave
+            if inter is not None:
+                per = work.filters // int(np.prod(inter.strides))
+                split, axes, merged = inter.steps(len(a), work.outputs, per)
+                c = c.reshape(split).transpose(axes).reshape(merged)
+                here = [slice(f, f + s) for f, s in zip(inter.first, inter.size, strict=True)]
+                c = c[(slice(None), *here)]
+                outputs = c.shape
+            return (np.ascontiguousarray(c).reshape(len(a), *outputs[6 - a.ndim :]),)
+
+    class DccPool(OpRun):
+        op_domain = "dccompile"
+
+        def _run(self, x, kind=None, kernel=None, strides=None, dilations=None, pads=None,
+                 sizes=None, count_include_pad=0):  # fmt: skip
+            rank = x.ndim - 2
+            fill = np.finfo(np.float64).min if kind == "MaxPool" else 0.0
+            dims = list(zip(kernel, strides, dilations, sizes, strict=True))[3 - rank :]
+            before, after = pads[6 - 2 * rank :: 2], pads[7 - 2 * rank :: 2]
+            beyond = [
+                max(q, (out - 1) * s + (k - 1) * d + 1 - n - p)
+                for n, p, q, (k, s, d, out) in zip(x.shape[1:], before, after, dims, strict=False)
+            ]
+            around = [(0, 0), *zip(before, beyond, strict=True), (0, 0)]
+            wide = np.pad(x.astype(np.float64), around, constant_values=fill)
+            ones = np.pad(np.ones(x.shape), around, constant_values=count_include_pad)
+            taps = []
+            for tap in np.ndindex(*(k for k, _, _, _ in dims)):
+                here = tuple(
+                    slice(t * d, t * d + (out - 1) * s + 1, s)
+                    for t, (_, s, d, out) in zip(tap, dims, strict=True)
+                )
+                taps.append((wide[(slice(None), *here)], ones[(slice(None), *here)]))
+            if kind == "MaxPool":
+                return (np.max([t for t, _ in taps], axis=0).astype(x.dtype),)
+            return ((sum(t for t, _ in taps) / sum(o for _, o in taps)).astype(x.dtype),)
+
     onnx.checker.check_model(recovered.model)
-    return ReferenceEvaluator(recovered.model, new_ops=[DccGemm]).run(None, feeds)
+    own = [DccGemm, DccConv, DccPool]
+    return ReferenceEvaluator(recovered.model, new_ops=own).run(None, feeds)
 
 
 def compare(got, want):

@@ -117,6 +117,10 @@ class Editor:
     def is_output(self, name: str) -> bool:
         return self._extra_uses[name] > 0
 
+    def captured(self, node: NodeProto) -> Iterator[str]:
+        """Every name that the subgraphs of a node read, their own values included."""
+        return _captured(node)
+
     def constant(self, name: str) -> np.ndarray | None:
         value = self._constants.get(name)
         if isinstance(value, TensorProto):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,21 +38,21 @@ class Constant:
         wide = self.values.astype(np.int32) - self.zero
         return (wide.astype(np.float32) * self.scale.astype(np.float32)).astype(self.scale.dtype)
 
-    def transpose(self, axes: list[int] | None = None) -> Constant:
-        def turned(x: np.ndarray | None) -> np.ndarray | None:
-            return x if x is None or x.ndim == 0 else np.transpose(x, axes)
+    def each(self, change: Callable[[np.ndarray], np.ndarray]) -> Constant:
+        """The values, and scale and zero point unless they are scalars, changed alike."""
 
-        values = np.transpose(self.values, axes)
-        return replace(self, values=values, scale=turned(self.scale), zero=turned(self.zero))
+        def changed(x: np.ndarray | None) -> np.ndarray | None:
+            return x if x is None or x.ndim == 0 else change(x)
+
+        scale, zero = changed(self.scale), changed(self.zero)
+        return replace(self, values=change(self.values), scale=scale, zero=zero)
+
+    def transpose(self, axes: list[int] | None = None) -> Constant:
+        return self.each(lambda x: np.transpose(x, axes))
 
     def matrix(self) -> Constant:
         """Without leading dims of one, down to rank 2."""
-
-        def cut(x: np.ndarray | None) -> np.ndarray | None:
-            return x if x is None or x.ndim == 0 else x.reshape(x.shape[-2:])
-
-        values = self.values.reshape(self.values.shape[-2:])
-        return replace(self, values=values, scale=cut(self.scale), zero=cut(self.zero))
+        return self.each(lambda x: x.reshape(x.shape[-2:]))
 
 
 def constant_operand(editor: Editor, name: str) -> Constant | None:

@@ -1,4 +1,4 @@
-"""Finds the matrix multiplications with constant weights and makes each one node, ``DccGemm``.
+"""Finds what hand-written kernels compute; here matrix multiplications, as nodes ``DccGemm``.
 
 A DccGemm (domain "dccompile", attribute "site") computes the workload.Gemm of that site:
 inputs A (..., k), and with `runtime` a_zero and, unless the output is s32, a_scale, of one element
@@ -22,16 +22,20 @@ from onnx import NodeProto, TensorProto
 
 from dccompile.workload import Gemm, GemmWeights, accumulator_bound
 
-from . import bags, interaction
+from . import bags, convolutions, interaction
 from .bags import BagSite, recover_bags
+from .batch_norm import fold_batch_norms
+from .convolutions import ConvSite, recover_convolutions
 from .editor import Editor, attribute, is_op, operand, static_size
 from .epilogue import Epilogue, Tail, column_constant, take_activation, take_bias
 from .fold import fold
 from .interaction import InteractionSite, recover_interactions
+from .layout import channels_last
 from .normalize import normalize
 from .products import Product, check_scale, integer_product, matrix_weights, product
 from .quantized import Constant, Refused, constant_operand
 from .sink import sink_dequantize
+from .unsigned import unsign
 
 DOMAIN, OP = "dccompile", "DccGemm"
 
@@ -64,6 +68,7 @@ class Recovered:
     gemms: dict[str, GemmSite]
     bags: dict[str, BagSite] = field(default_factory=dict)
     interactions: dict[str, InteractionSite] = field(default_factory=dict)
+    convs: dict[str, ConvSite] = field(default_factory=dict)
 
 
 def recover(
@@ -81,12 +86,15 @@ def recover(
     editor = Editor(model, constants)
     normalize(editor)
     fold(editor, weights=False)
+    fold_batch_norms(editor)
     sink_dequantize(editor)
     fold(editor, weights=False)
+    unsign(editor)
     recovery = _Recovery(editor, precision == "fp16-weights")
     recovery.bags = recover_bags(editor, embedding)
     recovery.interactions = recover_interactions(editor)
-    for found in (recovery.bags, recovery.interactions):
+    recovery.convs = recover_convolutions(editor)
+    for found in (recovery.bags, recovery.interactions, recovery.convs):
         recovery.reasons.update(found.reasons)
     for node in editor.nodes:
         if is_op(node, "MatMul", "Gemm", "MatMulInteger"):
@@ -95,9 +103,10 @@ def recover(
             except Refused as refused:
                 recovery.reasons.setdefault(node.name, str(refused))
     editor.rewrite(recovery.changes)
+    channels_last(editor)
     fold(editor, weights=True)
     report = recovery.report()
-    sites = recovery.gemms, recovery.bags.sites, recovery.interactions.sites
+    sites = recovery.gemms, recovery.bags.sites, recovery.interactions.sites, recovery.convs.sites
     return Recovered(editor.finish(), report, *sites)
 
 
@@ -107,6 +116,7 @@ class _Recovery:
         self.half = half
         self.bags = bags.Found()
         self.interactions = interaction.Found()
+        self.convs = convolutions.Found()
         self.gemms: dict[str, GemmSite] = {}
         self.changes: dict[str, list[NodeProto]] = {}
         self.reasons: dict[str, str] = {}
@@ -255,11 +265,12 @@ class _Recovery:
         editor = self.editor
         for node in editor.nodes:
             quantized = any(editor.producer(name, "DequantizeLinear") for name in node.input)
-            if quantized and node.domain != DOMAIN and node.op_type != "QuantizeLinear":
+            moves = is_op(node, "QuantizeLinear", "Transpose", "Reshape")
+            if quantized and node.domain != DOMAIN and not moves:
                 reason = f"no 8-bit kernel for {node.op_type}: computed between two conversions"
                 self.reasons.setdefault(node.name, reason)
-        sites: dict[str, GemmSite | BagSite | InteractionSite] = {}
-        for found in (self.gemms, self.bags.sites, self.interactions.sites):
+        sites: dict[str, GemmSite | BagSite | InteractionSite | ConvSite] = {}
+        for found in (self.gemms, self.bags.sites, self.interactions.sites, self.convs.sites):
             for site in found.values():
                 for name in site.nodes:
                     sites.setdefault(name, site)

@@ -1,4 +1,4 @@
-"""Moves DequantizeLinear behind the operators that only move values.
+"""Moves DequantizeLinear behind the operators that only move, or choose, values.
 
 Both orders give the same bits as long as the whole tensor has one scale. Afterwards the moved
 tensor is a quarter of the size, a multiplication behind it sees its quantized operand, and a
@@ -12,7 +12,9 @@ from onnx import NodeProto
 from .editor import Editor, attribute, is_op, operand
 from .quantized import INT8
 
-_MOVES = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather")
+MOVES = (
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "MaxPool",
+)  # fmt: skip
 
 
 def sink_dequantize(editor: Editor) -> None:
@@ -26,7 +28,7 @@ def sink_dequantize(editor: Editor) -> None:
                 sources[node.output[0]] = list(node.input)
         elif source is None:
             continue
-        elif is_op(node, *_MOVES):
+        elif is_op(node, *MOVES) and len(node.output) == 1:
             integers, *parameters = source
             move = NodeProto()
             move.CopyFrom(node)
