@@ -129,15 +129,17 @@ def evaluate(recovered: Recovered, feeds):
                 here = [slice(f, f + s) for f, s in zip(inter.first, inter.size, strict=True)]
                 c = c[(slice(None), *here)]
                 outputs = c.shape
+            if found.dims:
+                return (c.reshape(len(a), *found.dims, work.filters),)
             return (np.ascontiguousarray(c).reshape(len(a), *outputs[6 - a.ndim :]),)
 
     class DccPool(OpRun):
         op_domain = "dccompile"
 
         def _run(self, x, kind=None, kernel=None, strides=None, dilations=None, pads=None,
-                 sizes=None, count_include_pad=0):  # fmt: skip
+                 sizes=None, count_include_pad=0, fill=0.0):  # fmt: skip
             rank = x.ndim - 2
-            fill = np.finfo(np.float64).min if kind == "MaxPool" else 0.0
+            fill = np.finfo(np.float64).min if kind == "MaxPool" else float(fill)
             dims = list(zip(kernel, strides, dilations, sizes, strict=True))[3 - rank :]
             before, after = pads[6 - 2 * rank :: 2], pads[7 - 2 * rank :: 2]
             beyond = [
@@ -156,6 +158,8 @@ def evaluate(recovered: Recovered, feeds):
                 taps.append((wide[(slice(None), *here)], ones[(slice(None), *here)]))
             if kind == "MaxPool":
                 return (np.max([t for t, _ in taps], axis=0).astype(x.dtype),)
+            if kind == "Sum":
+                return (sum(t for t, _ in taps).astype(np.int32),)
             return ((sum(t for t, _ in taps) / sum(o for _, o in taps)).astype(x.dtype),)
 
     onnx.checker.check_model(recovered.model)

@@ -281,15 +281,42 @@ def test_squeeze_and_excitation_without_transposes():
     assert layout(make, y, (2, 3, 8, 8)).count("Transpose") == 1
 
 
+def shuffle(make, x, groups, channels, height, width):
+    dims = [-1, groups, channels // groups, height, width]
+    a = make.op("Reshape", x, make.const(dims, np.int64))
+    a = make.op("Transpose", a, perm=[0, 2, 1, 3, 4])
+    return make.op("Reshape", a, make.const([-1, channels, height, width], np.int64))
+
+
 def test_channel_shuffle_stays_channels_last():
     make = Maker()
-    x = make.input(1, 3, 6, 6)
-    a = chain(make, x, 3, 12)
-    a = make.op("Reshape", a, make.const([1, 3, 4, 6, 6], np.int64))
-    a = make.op("Transpose", a, perm=[0, 2, 1, 3, 4])
-    a = make.op("Reshape", a, make.const([1, 12, 6, 6], np.int64))
+    x = make.input("N", 3, 6, 6)
+    a = shuffle(make, make.op("Relu", make.op("Sigmoid", chain(make, x, 3, 12))), 3, 12, 6, 6)
     y = make.op("Flatten", make.op("GlobalAveragePool", chain(make, a, 12, 4)))
-    assert layout(make, y, (1, 3, 6, 6)).count("Transpose") == 2  # images, and the shuffle
+    assert layout(make, y, (1, 3, 6, 6)).count("Transpose") == 2  # of the images, and the shuffle
+
+
+def test_shuffle_behind_a_convolution_orders_its_filters():
+    make = Maker()
+    x = make.input("N", 3, 6, 6)
+    y = chain(make, shuffle(make, chain(make, x, 3, 12), 3, 12, 6, 6), 12, 4)
+    assert layout(make, y, (1, 3, 6, 6)) == ["Transpose", "DccConv", "DccConv", "Transpose"]
+
+
+def test_shuffle_between_convolutions_in_groups_is_absorbed():
+    make = Maker()
+    x = make.input("N", 3, 6, 5)
+    w = make.const(make.rng.standard_normal((24, 1, 1, 1)), np.float32)
+    a = make.op("Conv", chain(make, x, 3, 24), w, group=24)
+    a = shuffle(make, a, 2, 24, 6, 5)
+    w = make.const(make.rng.standard_normal((24, 1, 3, 3)), np.float32)
+    b = make.const(make.rng.standard_normal(24), np.float32)
+    a = make.op("Relu", make.op("Conv", a, w, b, group=24, pads=[1] * 4))
+    w = make.const(make.rng.standard_normal((16, 6, 1, 1)), np.float32)
+    y = make.op("Conv", a, w, group=4)
+    feeds = {"x": make.rng.standard_normal((2, 3, 6, 5)).astype(np.float32)}
+    found = agree(make.model(y), feeds)
+    assert ops(found) == ["Transpose", *["DccConv"] * 4, "Transpose"]
 
 
 def test_channels_last_models_have_no_transpose():

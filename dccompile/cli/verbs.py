@@ -192,10 +192,21 @@ def inspect(options: Options) -> int:
     _kernel_table(manifest)
     out()
     _precision_lines(manifest.get("nodes", []))
+    for variant in manifest["variants"]:
+        out(_memory_line(variant))
     out()
     entries = manifest["entries"].items()
     table(("entry", "bytes", "sha256"), [(n, e["size"], e["sha256"]) for n, e in entries])
     return 0
+
+
+def _memory_line(variant: dict[str, Any]) -> str:
+    """The arena of intermediate tensors, beside the most that are alive at once."""
+    arena, peak = variant.get("workspace"), variant.get("peak")
+    if not arena or not peak:
+        return f"memory {variant['target']}: depends on the shapes of a call"
+    ratio = f"{arena / peak:.2f}x the largest live set of {_size(peak)}"
+    return f"memory {variant['target']}: one arena of {_size(arena)}, {ratio}"
 
 
 def doctor(options: Options) -> int:

@@ -51,6 +51,7 @@ class ConvSite:
     rank: int  # of A
     precision: str  # int8 | float32
     interleave: Interleave | None = None  # follows: the node is a ConvTranspose
+    dims: tuple[int, ...] = ()  # spatial, of the output, where the workload's have another form
 
 
 @dataclass

@@ -73,6 +73,8 @@ class Editor:
         for value in (*graph.value_info, *graph.input, *graph.output):
             if value.type.HasField("tensor_type"):
                 self._types[value.name] = _tensor_type(value.type.tensor_type)
+        dims = (d for i in graph.input for d in self._types.get(i.name, (0, None))[1] or ())
+        self.symbols = {dim for dim in dims if isinstance(dim, str)}  # of the model's inputs
         self._names = {*self._types, *self._constants, *(i.name for i in graph.input)}
         self._names.update(name for node in graph.node for name in node.output)
         self.nodes: list[NodeProto] = []
@@ -85,13 +87,14 @@ class Editor:
             self.origin[copy.name] = (copy.name,)
             self.nodes.append(copy)
         self.original = [(node.name, node.op_type, list(node.output)) for node in self.nodes]
-        self._index()
+        self.reindex()
 
     def opset(self, domain: str = "") -> int:
         names = STANDARD if domain == "" else (domain,)
         return max((o.version for o in self._model.opset_import if o.domain in names), default=0)
 
-    def _index(self) -> None:
+    def reindex(self) -> None:
+        """Finds producers and readers again after changes to the inputs of nodes."""
         self._producers = {name: node for node in self.nodes for name in node.output if name}
         self._users: dict[str, list[NodeProto]] = {}
         self._extra_uses = Counter(self.outputs)
@@ -104,6 +107,12 @@ class Editor:
         """The node that makes a value, if it is one of these standard operators (any if none)."""
         node = self._producers.get(name)
         return node if node is not None and (not ops or is_op(node, *ops)) else None
+
+    def producer_of(self, name: str, domain: str, op: str) -> NodeProto | None:
+        """The node that makes a value, if it is this operator of a domain of our own."""
+        node = self._producers.get(name)
+        mine = node is not None and node.domain == domain and node.op_type == op
+        return node if mine else None
 
     def users(self, name: str) -> list[NodeProto]:
         """The nodes that read a value."""
@@ -196,7 +205,7 @@ class Editor:
             wanted.update(_captured(node))
             kept.append(node)
         self.nodes = kept[::-1]
-        self._index()
+        self.reindex()
 
     def rename_uses(self, old: str, new: str) -> bool:
         """Lets every reader of `old` read `new`; False where a subgraph or the caller reads it."""

@@ -12,15 +12,16 @@ A Transpose of the model itself is composed with these: a network exported chann
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
-from .convolutions import DOMAIN, OP, geometry
+from .convolutions import DOMAIN, OP, Geometry, geometry
 from .editor import Editor, Shape, attribute, is_op, operand
-from .quantized import Refused
+from .quantized import INT8, Refused
 
-POOL = "DccPool"  # attributes kind, kernel, strides, pads, dilations, ceil: three dims each
+POOL = "DccPool"  # see `pooling`
 
 _UNARY = (
     "Abs", "Cast", "Ceil", "Celu", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
@@ -207,6 +208,9 @@ class _Pass:
             return False
         axes = sorted(a % rank for a in axes)
         keep = attribute(node, "keepdims", 1)
+        if keep and node.op_type == "ReduceMean" and axes == [*range(2, rank)]:
+            if self._integer_mean(node, self._whole(x)):
+                return True
         if not keep and axes not in ([*range(2, rank)], [*range(1, rank)]):
             return False
         moved = sorted(_axis(a, rank) for a in axes)
@@ -227,6 +231,8 @@ class _Pass:
         x = node.input[0]
         if not self._is_last(x):
             return False
+        if node.op_type == "GlobalAveragePool" and self._integer_mean(node, self._whole(x)):
+            return True
         axes = [*range(1, self._rank(x) - 1)]
         node.op_type = _GLOBAL[node.op_type]
         _set_attribute(node, "keepdims", 1)
@@ -245,22 +251,78 @@ class _Pass:
             where = geometry(node, list(shape[2:]), tuple(attribute(node, "kernel_shape")))
         except Refused:
             return False
-        self.new.append(
-            self.editor.node(
-                POOL,
-                [self._last(x)],
-                node,
-                output=self._set(node.output[0]),
-                domain=DOMAIN,
-                kind=node.op_type,
-                kernel=where.kernel,
-                strides=where.strides,
-                dilations=where.dilations,
-                pads=[p for pair in where.pads for p in pair],
-                sizes=[1] * (5 - len(result)) + [int(d) for d in result[2:]],  # type: ignore[arg-type]
-                count_include_pad=inside,
-            )
+        sizes = [1] * (5 - len(result)) + [int(d) for d in result[2:]]  # type: ignore[arg-type]
+        if node.op_type == "AveragePool" and (inside or not any(map(any, where.pads))):
+            whole = [
+                (size - 1) * stride + (k - 1) * dilation + 1 <= n + sum(pads)
+                for size, stride, k, dilation, n, pads in zip(
+                    sizes, where.strides, where.kernel, where.dilations, where.size, where.pads,
+                    strict=True,
+                )
+            ]  # fmt: skip
+            if all(whole) and self._integer_mean(node, where):
+                return True
+        output = self._set(node.output[0])
+        self.new.append(self._pooling(node, self._last(x), output, node.op_type, where, sizes))
+        if inside:
+            _set_attribute(self.new[-1], "count_include_pad", inside)
+        return True
+
+    def _pooling(
+        self, node: NodeProto, x: str, output: str, kind: str, where: Geometry, sizes: list[int]
+    ) -> NodeProto:
+        return self.editor.node(
+            POOL,
+            [x],
+            node,
+            output=output,
+            domain=DOMAIN,
+            kind=kind,
+            kernel=where.kernel,
+            strides=where.strides,
+            dilations=where.dilations,
+            pads=[p for pair in where.pads for p in pair],
+            sizes=sizes,
         )
+
+    def _whole(self, x: str) -> Geometry | None:
+        """A window over all of a value's pixels."""
+        shape = self.editor.shape(x)
+        assert shape is not None
+        try:
+            return geometry(NodeProto(), list(shape[2:]), tuple(shape[2:]))  # type: ignore[arg-type]
+        except Refused:
+            return None
+
+    def _integer_mean(self, node: NodeProto, where: Geometry | None) -> bool:
+        """The mean of dequantized codes as their exact sum, dequantized once per window.
+
+        sum of (q - zero) * scale / n = (sum of q - n * zero) * (scale / n).
+        """
+        editor = self.editor
+        back = editor.producer(node.input[0], "DequantizeLinear")
+        if where is None or back is None or editor.dtype(back.input[0]) not in INT8:
+            return False
+        scale = editor.scalar(back.input[1])
+        zero = editor.scalar(back.input[2]) if operand(back, 2) else 0
+        shape = editor.shape(node.output[0])
+        if scale is None or zero is None or scale.dtype != np.float32 or shape is None:
+            return False
+        count = prod(where.kernel)
+        if not np.isfinite(scale / count) or count >= 1 << 20:
+            return False
+        total = editor.fresh(f"{node.output[0]}_sum")
+        editor.set_type(total, TensorProto.INT32, _turn(shape))
+        sizes = [1] * (5 - len(shape)) + [int(d) for d in shape[2:]]  # type: ignore[arg-type]
+        source = self._last(back.input[0])
+        self.new.append(self._pooling(node, source, total, "Sum", where, sizes))
+        _set_attribute(self.new[-1], "fill", int(zero))
+        numbers = [
+            editor.add_constant(np.asarray(scale / np.float32(count)), f"{node.name}_scale"),
+            editor.add_constant(np.asarray(count * int(zero), np.int32), f"{node.name}_zero"),
+        ]
+        output = self._set(node.output[0])
+        self.new.append(editor.node("DequantizeLinear", [total, *numbers], node, output=output))
         return True
 
     def _concat(self, node: NodeProto) -> bool:
@@ -319,23 +381,13 @@ class _Pass:
         editor, x = self.editor, node.input[0]
         if not self._is_last(x):
             return False
-        shape, split = editor.shape(x), editor.shape(node.output[0])
-        turn = editor.only_user(node.output[0])
-        if shape is None or split is None or not is_op(turn, "Transpose"):
+        found = channel_shuffle(editor, node)
+        if found is None:
             return False
-        assert turn is not None
-        merge = editor.only_user(turn.output[0])
-        if merge is None or not is_op(merge, "Reshape") or editor.shape(merge.output[0]) != shape:
-            return False
+        turn, merge, parts, inner = found
+        shape = editor.shape(x)
+        assert shape is not None
         spatial = len(shape) - 2
-        parts = split[1 : len(split) - spatial]
-        if split[0] != shape[0] or split[len(split) - spatial :] != shape[2:] or len(parts) < 2:
-            return False
-        perm = attribute(turn, "perm") or [*range(len(split))][::-1]
-        inner = [p - 1 for p in perm[1 : 1 + len(parts)]]
-        tail = [*range(len(split) - spatial, len(split))]
-        if perm[0] != 0 or [*perm[1 + len(parts) :]] != tail or not _static(shape[1:], parts):
-            return False
         wide = (*shape[2:], *parts)
         apart = editor.fresh(f"{node.output[0]}_nhwc")
         editor.set_type(apart, editor.dtype(x), (shape[0], *wide))
@@ -370,6 +422,32 @@ class _Pass:
             self.only_last.add(node.output[0])
             return True
         return False
+
+
+def channel_shuffle(
+    editor: Editor, node: NodeProto
+) -> tuple[NodeProto, NodeProto, Shape, list[int]] | None:
+    """Of the Reshape that splits channels to shuffle them: what follows, and the permutation.
+
+    Returns the Transpose, the Reshape that merges them again, the parts that channels are split
+    into and the order of these; None if it is another Reshape.
+    """
+    shape, split = editor.shape(node.input[0]), editor.shape(node.output[0])
+    turn = editor.only_user(node.output[0])
+    if shape is None or split is None or turn is None or not is_op(turn, "Transpose"):
+        return None
+    merge = editor.only_user(turn.output[0])
+    if merge is None or not is_op(merge, "Reshape") or editor.shape(merge.output[0]) != shape:
+        return None
+    spatial = len(shape) - 2
+    parts = split[1 : len(split) - spatial]
+    if split[0] != shape[0] or split[len(split) - spatial :] != shape[2:] or len(parts) < 2:
+        return None
+    perm = attribute(turn, "perm") or [*range(len(split))][::-1]
+    tail = [*range(len(split) - spatial, len(split))]
+    if perm[0] != 0 or [*perm[1 + len(parts) :]] != tail or not _static(shape[1:], parts):
+        return None
+    return turn, merge, parts, [p - 1 for p in perm[1 : 1 + len(parts)]]
 
 
 def _turn(shape: Shape) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax
+from tvm import relax, te, tirx
 
 from .operator_tools import Converter, Node
 
@@ -12,9 +12,10 @@ _LAYOUTS = {1: ("NWC", "1d"), 2: ("NHWC", "2d"), 3: ("NDHWC", "3d")}
 
 
 class Pool(Converter):
-    """x (batch, spatial dims.., channels); attributes as `layout` writes them, three dims each.
+    """x (batch, spatial dims.., channels); numbers of three spatial dims each.
 
-    `sizes` are the spatial dims of the result: with ceil_mode they reach beyond the pads.
+    `kind` is MaxPool, AveragePool or Sum. `sizes` are the spatial dims of the result: with
+    ceil_mode they reach beyond the pads. Sum is of 8-bit integers, in s32; outside of x is `fill`.
     """
 
     @classmethod
@@ -30,10 +31,17 @@ class Pool(Converter):
         pads = [int(v) for v in node.attr["pads"]][6 - 2 * rank :]
         before, after = pads[0::2], []
         for i in range(rank):
-            reach = (sizes[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1
+            reach = _reach(sizes, strides, kernel, dilations, i)
             after.append(max(0, reach - int(shape[1 + i]) - before[i]))
         kind = node.attr["kind"]
         kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+        if kind == "Sum":
+            fill = int(node.attr.get("fill", 0))
+            return node.bb.emit_te(
+                lambda t: _sum(t, kernel, strides, dilations, before, sizes, fill),
+                x,
+                primfunc_name_hint="sum_pool",
+            )
         name = ("max_pool" if kind == "MaxPool" else "avg_pool") + suffix
         more = {}
         if kind == "AveragePool":
@@ -47,3 +55,39 @@ class Pool(Converter):
             layout=layout,
             **more,
         )
+
+
+def _sum(
+    x: te.Tensor,
+    kernel: list[int],
+    strides: list[int],
+    dilations: list[int],
+    before: list[int],
+    sizes: list[int],
+    fill: int,
+) -> te.Tensor:
+    """Sums of windows (batch, sizes.., channels), s32."""
+    rank = len(kernel)
+    taps = [te.reduce_axis((0, k), f"k{i}") for i, k in enumerate(kernel)]
+
+    def body(*index: Any) -> Any:
+        at = [index[1 + i] * strides[i] + taps[i] * dilations[i] - before[i] for i in range(rank)]
+        value = x(index[0], *at, index[-1]).astype("int32")
+        limits = []
+        for i in range(rank):
+            size = int(x.shape[1 + i])
+            limits += [at[i] >= 0] if before[i] else []
+            beyond = _reach(sizes, strides, kernel, dilations, i) > before[i] + size
+            limits += [at[i] < size] if beyond else []
+        if limits:
+            value = tirx.if_then_else(tirx.all(*limits), value, tirx.const(fill, "int32"))
+        return te.sum(value, axis=taps)
+
+    return te.compute((x.shape[0], *sizes, x.shape[-1]), body, name="sum_pool")
+
+
+def _reach(
+    sizes: list[int], strides: list[int], kernel: list[int], dilations: list[int], i: int
+) -> int:
+    """Elements that the windows of a dim span."""
+    return (sizes[i] - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1

@@ -26,6 +26,7 @@ from . import bags, convolutions, interaction
 from .bags import BagSite, recover_bags
 from .batch_norm import fold_batch_norms
 from .convolutions import ConvSite, recover_convolutions
+from .dims import unify
 from .editor import Editor, attribute, is_op, operand, static_size
 from .epilogue import Epilogue, Tail, column_constant, take_activation, take_bias
 from .fold import fold
@@ -34,6 +35,7 @@ from .layout import channels_last
 from .normalize import normalize
 from .products import Product, check_scale, integer_product, matrix_weights, product
 from .quantized import Constant, Refused, constant_operand
+from .shuffles import absorb_shuffles
 from .sink import sink_dequantize
 from .unsigned import unsign
 
@@ -84,6 +86,7 @@ def recover(
     the storage of the tables of embedding bags: keep, fp16, int8 or int4.
     """
     editor = Editor(model, constants)
+    unify(editor)
     normalize(editor)
     fold(editor, weights=False)
     fold_batch_norms(editor)
@@ -94,6 +97,7 @@ def recover(
     recovery.bags = recover_bags(editor, embedding)
     recovery.interactions = recover_interactions(editor)
     recovery.convs = recover_convolutions(editor)
+    absorb_shuffles(editor, recovery.convs.sites)
     for found in (recovery.bags, recovery.interactions, recovery.convs):
         recovery.reasons.update(found.reasons)
     for node in editor.nodes:
