@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import ir, relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
@@ -34,7 +35,7 @@ def fuse(mod: ir.IRModule, machine: Machine) -> tuple[ir.IRModule, dict[str, str
     """
     t = relax.transform
     with target_of(machine):
-        mod = fold_layout(mod)
+        mod = t.DeadCodeElimination()(fold_layout(mod))
         mod = t.LegalizeOps(dict(LEGALIZE))(mod)
         mod = t.AnnotateTIROpPattern()(mod)
         mod = relabel(mod)
@@ -74,12 +75,15 @@ def folds(mod: ir.IRModule) -> bool:
 
 @mutator
 class _LayoutFolder(PyExprMutator):
-    """Evaluates changes of layout and type of constants with numpy."""
+    """Evaluates changes of layout and type of constants with numpy; joins chains of reshapes."""
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
         name = getattr(call.op, "name", "")
-        if name not in _FOLD or not isinstance(call.args[0], ir.GenericConst):
+        if name == "relax.reshape":
+            call = _shortened(call, self.lookup_binding)
+        moves = isinstance(call, ir.Call) and name in _FOLD
+        if not moves or not isinstance(call.args[0], ir.GenericConst):
             return call
         value = call.args[0].value.numpy()
         if value.dtype.kind not in "fiub":
@@ -89,7 +93,23 @@ class _LayoutFolder(PyExprMutator):
             isinstance(s, tirx.IntImm) for s in shape.values
         ):
             return call
-        return relax.const(_FOLD[name](value, call, [int(s) for s in shape.values]))
+        folded = _FOLD[name](value, call, [int(s) for s in shape.values])
+        return relax.const(folded, str(folded.dtype))
+
+
+def _shortened(call: Any, binding_of: Callable[[Any], Any]) -> Any:
+    """A reshape of a reshape as one, and none where it gives back the shape that was."""
+    source = call.args[0]
+    while isinstance(source, relax.Var):
+        binding = binding_of(source)
+        if not isinstance(binding, ir.Call) or binding.op != call.op:
+            break
+        source = binding.args[0]
+    wanted, have = call.args[1], getattr(getattr(source, "ty", None), "shape", None)
+    if isinstance(wanted, relax.ShapeExpr) and isinstance(have, relax.ShapeExpr):
+        if tvm_ffi.structural_equal(wanted.values, have.values, map_free_vars=False):
+            return source
+    return call if source is call.args[0] else relax.op.reshape(source, wanted)
 
 
 def _permuted(value: np.ndarray, call: Any, shape: list[int]) -> np.ndarray:
