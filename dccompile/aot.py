@@ -8,6 +8,11 @@ way cost 0.7 us, in TVM's virtual machine 4 to 5 us (one Zen 4 core).
 
 `plan(symbols, result)` tells what a call needs: result[0] the bytes of workspace, then the dims of
 every output in order, all int64.
+
+A symbol may be computed: a step makes tensors of as many rows as it finds and the number of them,
+which `main` reads before the next step. Where outputs depend on such symbols, `plan` tells the
+largest sizes, and `main` has one more output, `sizes`: the dims of every output as they are. What
+it has written lies at the start of the buffer, as if that had the dims.
 """
 
 from __future__ import annotations
@@ -23,9 +28,10 @@ from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from .arena import Program, Step, Storage, Tensor, nbytes, plan, simple
+from . import codegen
+from .arena import Program, Step, Storage, Tensor, highest, nbytes, plan, simple
 from .errors import Problem, UnsupportedError
-from .generic.lanes import substitute, walk
+from .generic.lanes import local, substitute, walk
 from .runtime.params import Stream
 from .streams import Streams
 
@@ -36,40 +42,43 @@ def lower(
     place: Callable[[np.ndarray | Stream], int],
     streams: Streams | None = None,
     requirements: Sequence[tuple[Any, str]] = (),
-) -> tuple[tvm.IRModule, Program]:
-    """Returns the module of PrimFuncs to build, `main` and `plan` among them, and its program.
+    computed: Sequence[tuple[Any, Any]] = (),
+) -> tuple[dict[str, tirx.PrimFunc], Program]:
+    """Returns the PrimFuncs to build by symbol, `main` and `plan` first, and the program.
 
     `mod` holds `main`, a Relax function of call_tir bindings, and the PrimFuncs it calls.
     `bounds` gives the upper bound of each symbolic dim, None where there is none. `place` puts a
     constant into params and returns its byte offset; `streams` knows those yet to be made.
     `requirements` are conditions on the symbols, by name, with the message of the error that `plan`
-    and `main` raise where one does not hold.
+    and `main` raise where one does not hold. `computed` gives symbols whose values the last results
+    of `main` are, and the most that they can be.
 
     Raises UnsupportedError naming every binding that has no static plan.
     """
-    program = _Linearizer(mod, streams or Streams()).run()
+    linear = _Linearizer(mod, streams or Streams(), dict(computed))
+    program = linear.run()
     limits = {v: bounds.get(v.name) for v in program.symbols}
     plan(program, limits)
     for storage in program.constants:
         assert storage.data is not None
         storage.offset = place(storage.data)
-    functions = {}
-    for gvar, func in mod.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            functions[gvar] = func.with_attr("global_symbol", gvar.name_hint)
-    program.requirements = [(_renamed(c, program.symbols), text) for c, text in requirements]
-    out = tvm.IRModule(functions)
-    out[tvm.ir.GlobalVar("main")] = _main(program)
-    out[tvm.ir.GlobalVar("plan")] = _plan_function(program)
-    return out, program
+    known = [*program.symbols, *program.computed]
+    program.requirements = [(_renamed(c, known), text) for c, text in requirements]
+    entries = {"main": _main(program), "plan": _plan_function(program)}
+    return {**entries, **linear.functions}, program
 
 
 class _Linearizer:
-    def __init__(self, mod: tvm.IRModule, streams: Streams) -> None:
+    def __init__(
+        self, mod: tvm.IRModule, streams: Streams, computed: dict[Any, Any] | None = None
+    ) -> None:
         self.mod = mod
         self.streams = streams
+        self.computed = computed or {}
         self.env: dict[Any, Any] = {}  # relax.Var -> Tensor | tuple of values | shape
         self.steps: list[Step] = []
+        self.functions: dict[str, tirx.PrimFunc] = {}  # those of the steps, by symbol
+        self.symbols: dict[str, str] = {}  # of functions by their names in `mod`
         self.constants: dict[int, Storage] = {}
         self.keep: list[Any] = []  # constants whose id is a key above
         self.problems: list[Problem] = []
@@ -113,7 +122,9 @@ class _Linearizer:
         op = getattr(expr.op, "name", str(expr.op))
         if op in ("relax.call_tir", "relax.call_tir_inplace"):
             self.call_tir(var, expr)
-        elif op == "relax.reshape":
+        elif op == "relax.null_value":
+            self.env[var] = None  # an argument that a view does not use
+        elif op in ("relax.reshape", "relax.memory.view"):
             source = self.value(expr.args[0])
             self.env[var] = Tensor(source.storage, self.new(var.ty, name).shape, source.dtype)
         else:
@@ -133,7 +144,11 @@ class _Linearizer:
             )
             return
         outputs = [self.new(t, var.name) for t in fields]
-        self.steps.append(Step(gvar.name_hint, args, outputs))
+        symbol = self.symbols.get(gvar.name_hint)
+        if symbol is None:
+            symbol = self.symbols[gvar.name_hint] = codegen.symbol(gvar.name_hint, func)
+            self.functions[symbol] = func
+        self.steps.append(Step(symbol, args, outputs))
         single = not isinstance(types, relax.TupleType)
         self.env[var] = outputs[0] if single else tuple(outputs)
 
@@ -165,7 +180,13 @@ class _Linearizer:
             raise UnsupportedError(self.problems)
         result = self.value(body.body)
         results = list(result) if isinstance(result, tuple) else [result]
-        return self.finish(inputs, results, symbols)
+        count = len(results) - len(self.computed)
+        for symbol, tensor in zip(self.computed, results[count:], strict=True):
+            maker = next(
+                s for s in self.steps if any(o.storage is tensor.storage for o in s.outputs)
+            )
+            maker.binds.append((symbol, tensor))
+        return self.finish(inputs, results[:count], symbols)
 
     def finish(self, inputs: list[Tensor], results: list[Tensor], symbols: list[Any]) -> Program:
         outputs, copies = [], []
@@ -177,7 +198,7 @@ class _Linearizer:
                 target = Tensor(Storage("output", index), value.shape, value.dtype)
                 outputs.append(target)
                 copies.append((value, target))
-        program = Program(inputs, outputs, self.steps, symbols, copies)
+        program = Program(inputs, outputs, self.steps, symbols, copies, computed=self.computed)
         program.constants = list(self.constants.values())
         return program
 
@@ -213,22 +234,44 @@ def _is_var(node: Any) -> bool:
     return isinstance(node, tirx.Var)
 
 
-def _require(program: Program) -> None:
-    """Checks, in the function being built, what the symbols must satisfy."""
-    for condition, message in program.requirements:
-        # AssertStmt's constructor hands its first two arguments on in the order condition, kind.
-        text = [StringImm(message)]
-        T.add_to_parent(tirx.AssertStmt(condition, StringImm("ValueError"), text))
+class _Requirements:
+    """Checks, in the function being built, each condition as soon as its symbols have values."""
+
+    def __init__(self, program: Program) -> None:
+        self.left = list(program.requirements)
+        self.unbound = set(program.computed)
+
+    def check(self) -> None:
+        later = []
+        for condition, message in self.left:
+            if any(node in self.unbound for node in walk(condition)):
+                later.append((condition, message))
+                continue
+            # AssertStmt's constructor hands its first two arguments on in the order condition,
+            # kind.
+            text = [StringImm(message)]
+            T.add_to_parent(tirx.AssertStmt(condition, StringImm("ValueError"), text))
+        self.left = later
+
+    def bind(self, symbol: Any) -> None:
+        self.unbound.remove(symbol)
 
 
 def _main(program: Program) -> tirx.PrimFunc:
+    computed = program.computed
+
+    def largest(tensor: Tensor, which: dict[Any, Any] = computed) -> list[Any]:
+        return [highest(d, which) for d in tensor.shape]
+
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         T.func_attr({"tirx.noalias": False})
         inputs = [T.arg(f"in{i}", T.buffer(t.shape, t.dtype)) for i, t in enumerate(program.inputs)]
         outputs = [
-            T.arg(f"out{i}", T.buffer(t.shape, t.dtype)) for i, t in enumerate(program.outputs)
+            T.arg(f"out{i}", T.buffer(largest(t), t.dtype)) for i, t in enumerate(program.outputs)
         ]
+        dims = [d for t in program.outputs for d in t.shape]
+        sizes = T.arg("sizes", T.buffer((len(dims),), "int64")) if program.told() else None
         n_params, n_work = tirx.Var("n_params", "int64"), tirx.Var("n_work", "int64")
         params = T.arg("params", T.buffer((n_params,), "uint8"))
         work = T.arg("workspace", T.buffer((n_work,), "uint8"))
@@ -244,44 +287,75 @@ def _main(program: Program) -> tirx.PrimFunc:
             index = tirx.const(offset, "int64") if isinstance(offset, int) else offset
             return T.address_of(base[index])
 
-        def array(tensor: Tensor) -> Any:
-            shape = tirx.call_intrin("handle", "tirx.tvm_stack_make_shape", *_extent(tensor.shape))
+        def array(tensor: Tensor, shape: Sequence[Any]) -> Any:
             return tirx.call_intrin(
                 "handle",
                 "tirx.tvm_stack_make_array",
                 pointer(tensor),
-                shape,
+                tirx.call_intrin("handle", "tirx.tvm_stack_make_shape", *_extent(tuple(shape))),
                 tirx.const(0),  # row-major
                 tirx.const(len(tensor.shape)),
                 tirx.const(0, tensor.dtype),
                 tirx.const(0, "int64"),
             )
 
-        _require(program)
+        def copy(source: Any, target: Any, nbytes: Any) -> None:
+            T.evaluate(tirx.call_extern("handle", "memcpy", target, source, nbytes))
+
+        requirements = _Requirements(program)
+        requirements.check()
         for step in program.steps:
-            args = [array(a) if isinstance(a, Tensor) else a for a in step.args]
-            args += [array(t) for t in step.outputs]
-            T.evaluate(tirx.call_cpacked(step.name, *args))
+            args = [array(a, a.shape) if isinstance(a, Tensor) else a for a in step.args]
+            open_ = {symbol: computed[symbol] for symbol, _ in step.binds}
+            args += [array(t, largest(t, open_)) for t in step.outputs]
+            call = tirx.call_cpacked(step.name, *args)
+            some = _some(step, computed)
+            if some is None:
+                T.evaluate(call)
+            else:
+                with T.If(some), T.Then():
+                    T.evaluate(call)
+            for symbol, tensor in step.binds:
+                count = local(1, "int64")
+                copy(pointer(tensor), T.address_of(count[0]), tirx.const(8, "int64"))
+                T.Bind(count[0], var=symbol)
+                requirements.bind(symbol)
+            requirements.check()
         for source, target in program.copies:
             itemsize = 1 if source.dtype == "bool" else np.dtype(source.dtype).itemsize
             count = math.prod(_extent(source.shape), start=tirx.const(itemsize, "int64"))
-            T.evaluate(
-                tirx.call_extern("handle", "memcpy", pointer(target), pointer(source), count)
-            )
+            copy(pointer(source), pointer(target), count)
+        for i, dim in enumerate(_extent(tuple(dims)) if sizes is not None else []):
+            T.buffer_store(sizes, dim, [i])
     return builder.get()
+
+
+def _some(step: Step, computed: dict[Any, Any]) -> Any:
+    """Whether a step has an element to write; None where it always does.
+
+    Kernels are made for at least one row, so a step without any is left out.
+    """
+    tests = []
+    for tensor in step.outputs:
+        dims = [d for d in tensor.shape if not isinstance(d, int)]
+        open_ = [d for d in dims if any(node in computed for node in walk(d))]
+        if not open_:
+            return None
+        tests.append(tirx.all(*(d > 0 for d in open_)))
+    return tirx.any(*tests)
 
 
 def _plan_function(program: Program) -> tirx.PrimFunc:
     results = [program.workspace]
     for tensor in program.outputs:
-        results += list(tensor.shape)
+        results += [highest(d, program.computed) for d in tensor.shape]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("plan")
         symbols = T.arg("symbols", T.buffer((max(1, len(program.symbols)),), "int64"))
         result = T.arg("result", T.buffer((len(results),), "int64"))
         for i, symbol in enumerate(program.symbols):
             T.Bind(symbols[i], var=symbol)
-        _require(program)
+        _Requirements(program).check()
         for i, expr in enumerate(results):
             T.buffer_store(
                 result, tirx.const(expr, "int64") if isinstance(expr, int) else expr, [i]

@@ -7,17 +7,20 @@ stage.
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
+from tvm import tirx
 
-from . import aot, linker
+from . import aot, codegen, linker
+from .cache import Cache
 from .errors import UnsupportedError
 from .frontend import convert, gate, operators, recover
-from .generic import legalize, stack
+from .generic import legalize
 from .machine import Machine
 from .runtime import params
 from .runtime.params import Stream
@@ -36,7 +39,7 @@ class Lowered:
     """A model lowered for one machine, ready for code generation."""
 
     machine: Machine
-    mod: tvm.IRModule
+    units: list[codegen.Unit]  # `main` and `plan` together, then every function that main calls
     program: aot.Program
     placed: list[convert.Placed]
     unscheduled: dict[str, str]  # functions that the generic schedule left alone, and why
@@ -94,14 +97,39 @@ def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     mod, unscheduled = legalize.fuse(imported.mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     requirements = [(r.condition, r.message) for r in imported.requirements]
-    mod, program = aot.lower(mod, bounds, constants.place, imported.streams, requirements)
-    return Lowered(machine, mod, program, imported.placed, unscheduled)
+    computed = [(c.symbol, c.bound) for c in imported.computed]
+    functions, program = aot.lower(
+        mod, bounds, constants.place, imported.streams, requirements, computed
+    )
+    left = {codegen.symbol(name, mod[name]): why for name, why in unscheduled.items()}
+    units = _units(functions, imported.placed, machine)
+    return Lowered(machine, units, program, imported.placed, left)
 
 
-def generate(lowered: Lowered, library: Path) -> None:
-    """Writes the shared library of a variant."""
-    built = stack.build(lowered.mod, legalize.target_of(lowered.machine))
-    objects = library.with_suffix(".o")
-    built.write_to_file(str(objects))
-    linker.link([objects], library)
-    objects.unlink()
+def _units(
+    functions: dict[str, tirx.PrimFunc], placed: list[convert.Placed], machine: Machine
+) -> list[codegen.Unit]:
+    kernels = {p.symbol: p.choice for p in placed}
+    entry = {name: functions.pop(name) for name in ("main", "plan")}
+    units = [codegen.entry_unit(entry, sorted(functions), machine)]
+    for symbol, func in sorted(functions.items()):
+        if symbol in kernels:
+            units.append(codegen.kernel_unit(symbol, kernels[symbol], machine))
+        else:
+            units.append(codegen.function_unit({symbol: func}, machine))
+    return units
+
+
+def generate(
+    lowered: Sequence[Lowered],
+    libraries: Sequence[Path],
+    cache: Cache,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the shared library of each variant; arguments as for `codegen.objects`."""
+    with tempfile.TemporaryDirectory(dir=libraries[0].parent) as folder:
+        units = [u for low in lowered for u in low.units]
+        paths = codegen.objects(units, Path(folder), cache, processes, progress)
+        for low, library in zip(lowered, libraries, strict=True):
+            linker.link([paths[u.key] for u in low.units], library)

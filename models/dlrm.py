@@ -10,9 +10,7 @@ only that needs PyTorch.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+Outputs = list[np.ndarray]
 DENSE = 13
 
 
@@ -53,6 +52,48 @@ def path(graph: str, suffix: str = "onnx") -> Path:
     return Path(__file__).with_name(f"{graph}.{suffix}")
 
 
+def size(name: str) -> int:
+    """Bytes of the tables."""
+    config = CONFIGS[name]
+    return 4 * config.tables * config.rows * config.bottom[-1] if config.tables else 0
+
+
+def shapes(name: str, batch: int | str) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the inputs."""
+    config = CONFIGS[name]
+    if not config.bottom:
+        return {"x": (batch, config.top[0])}
+    return {"dense": (batch, DENSE), "sparse": (batch, config.tables, config.pooling)}
+
+
+def batch(name: str, largest: int) -> str | None:
+    """Any batch; up to 256 where the tables need a plan for a largest one."""
+    return f"1..{max(largest, 256)}" if CONFIGS[name].tables else None
+
+
+def graph(name: str) -> onnx.ModelProto:
+    """The float model without weights."""
+    from dccompile.models.weights import resize
+
+    config = CONFIGS[name]
+    model = onnx.ModelProto.FromString(path(config.graph).read_bytes())
+    resize(model, config.rows)
+    return model
+
+
+def scales(name: str) -> dict[str, list[float]]:
+    """Scale and zero point of the inputs of the layers."""
+    found: dict[str, list[float]] = json.loads(path(CONFIGS[name].graph, "json").read_text())
+    return found
+
+
+def weights(name: str) -> dict[str, np.ndarray] | None:
+    """Trained weights, where there are any."""
+    from dccompile.models import clicks
+
+    return clicks.weights() if name == "dlrm-clicks" else None
+
+
 def inputs(name: str, batch: int, seed: int) -> dict[str, np.ndarray]:
     """Random inputs for a model of this file."""
     config = CONFIGS[name]
@@ -61,6 +102,16 @@ def inputs(name: str, batch: int, seed: int) -> dict[str, np.ndarray]:
         return {"x": rng.standard_normal((batch, config.top[0]), np.float32)}
     indices = rng.integers(0, config.rows, (batch, config.tables, config.pooling))
     return {"dense": rng.standard_normal((batch, DENSE), np.float32), "sparse": indices}
+
+
+def matched(name: str, ours: Outputs, theirs: Outputs) -> tuple[Outputs, Outputs]:
+    """The same: rows are samples."""
+    return ours, theirs
+
+
+def definition(name: str) -> Any:
+    """The model as a torch.nn.Module."""
+    return module(CONFIGS[name])
 
 
 def module(config: Config) -> Any:
@@ -103,33 +154,14 @@ def module(config: Config) -> Any:
 
 def trace(name: str) -> onnx.ModelProto:
     """The graph as PyTorch exports it now, weights stripped."""
-    import torch
-    from dccompile.models.weights import strip
+    from dccompile.models import tracing
 
-    feeds = {key: torch.from_numpy(value) for key, value in inputs(name, 2, 0).items()}
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that needs no package beside torch is old
-        torch.onnx.export(
-            module(CONFIGS[name]).eval(),
-            tuple(feeds.values()),
-            file,
-            dynamo=False,
-            opset_version=17,
-            input_names=list(feeds),
-            output_names=["y"],
-            dynamic_axes={key: {0: "N"} for key in (*feeds, "y")},
-        )
-    model = onnx.ModelProto.FromString(file.getvalue())
-    for node in model.graph.node:
-        node.ClearField("doc_string")
-    strip(model)
-    return model
+    return tracing.trace(module(CONFIGS[name]), inputs(name, 2, 0))
 
 
 def _export() -> None:
     from dccompile.models import clicks
-    from dccompile.models.qdq import calibrate
+    from dccompile.models.qdq import calibrate, dump, layer_inputs
     from dccompile.models.weights import fill
 
     for name in _TRACED:
@@ -142,7 +174,7 @@ def _export() -> None:
         else:
             fill(model, 0)
             feeds = inputs(name, 256, 1)
-        path(graph, "json").write_text(json.dumps(calibrate(model, feeds), indent=1) + "\n")
+        dump(calibrate(model, [feeds], layer_inputs(model)), path(graph, "json"))
 
 
 if __name__ == "__main__":

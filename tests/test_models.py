@@ -1,4 +1,4 @@
-"""The reference models: the same everywhere, valid, and all of their layers recovered."""
+"""The recommendation models: the same everywhere, valid, and all of their layers recovered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from dccompile import models
 from dccompile.frontend.gate import read
 from dccompile.frontend.recover import recover
 
-NAMES = [name for name, _ in models.names() if models.size(name) < models.LARGE]
+NAMES = [
+    name
+    for name, _ in models.names()
+    if name.startswith("dlrm") and models.size(name) < models.LARGE
+]
 LAYERS = {"dlrm-small": 7, "dlrm-clicks": 5, "dlrm-mlp": 4}
 TRAINED = "dlrm-clicks"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,18 @@ import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
-from .. import registry
+from .. import codegen, registry
 from ..machine import Machine
 from ..runtime.params import Stream
 from ..streams import Streams
 from .bags import BagSite
+from .convolutions import ConvSite
 from .importer import Importer
 from .interaction import InteractionSite
+from .pooling import Pool
 from .recover import GemmSite, Recovered
 from .shapes import Range
-from .symbols import Requirement, Symbols
+from .symbols import Computed, Requirement, Symbols
 from .tables import stored
 
 
@@ -35,7 +38,7 @@ from .tables import stored
 class Placed:
     """A site and the kernel it got; `symbol` is the function's name in the library."""
 
-    site: GemmSite | BagSite | InteractionSite
+    site: GemmSite | BagSite | InteractionSite | ConvSite
     choice: registry.Choice
     symbol: str
 
@@ -48,6 +51,7 @@ class Imported:
     placed: list[Placed]
     streams: Streams
     requirements: list[Requirement]
+    computed: list[Computed]
 
 
 def to_relax(
@@ -65,6 +69,8 @@ def to_relax(
         {
             "DccGemm": _gemm_converter(recovered.gemms, machine, placed),
             "DccEmbeddingBag": _bag_converter(recovered.bags, machine, placed, streams),
+            "DccConv": _conv_converter(recovered.convs, machine, placed),
+            "DccPool": Pool,
             "DccInteraction": _interaction_converter(recovered.interactions, machine, placed),
         },
         symbols,
@@ -72,7 +78,7 @@ def to_relax(
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     with contextlib.redirect_stdout(io.StringIO()):  # the importer prints what it then raises
         mod = importer.from_onnx(model.graph, opset)
-    return Imported(mod, placed, streams, symbols.requirements)
+    return Imported(mod, placed, streams, symbols.requirements, symbols.computed)
 
 
 def _gemm_converter(sites: dict[str, GemmSite], machine: Machine, placed: list[Placed]) -> type:
@@ -149,6 +155,46 @@ def _tables(site: BagSite, choice: registry.Choice) -> Stream:
     return Stream(kernel.nbytes(work), key, pieces)
 
 
+def _conv_converter(sites: dict[str, ConvSite], machine: Machine, placed: list[Placed]) -> type:
+    class DccConv(onnx_frontend.OnnxOpConverter):
+        @classmethod
+        def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
+            site = sites[_text(attr["site"])]
+            work = site.workload
+            given = [i for i in inputs if i is not None]
+            batch = given[0].ty.shape.values[0]
+            choice, gvar = _kernel(bb, work, machine, f"{work.filters}x{work.channels}")
+            packed = choice.kernel.pack(work, site.weights, choice.params)
+            placed.append(Placed(site, choice, gvar.name_hint))
+            outputs = work.outputs
+            dims = [(*work.size, work.channels), (*outputs, work.filters)]
+            a, *r = (_reshaped(bb, x, [batch, *d]) for x, d in zip(given, dims, strict=False))
+            out = relax.TensorType([batch, *outputs, work.filters], _DTYPES[work.out])
+            value = bb.emit(relax.call_tir(gvar, [a, relax.const(packed), *r], out_ty=out))
+            filters = work.filters
+            if site.interleave is not None:
+                value, outputs, filters = _interleaved(bb, value, site, batch)
+            flat = [batch, *(site.dims or outputs[5 - site.rank :]), filters]
+            return _viewed(bb, value, flat)
+
+    return DccConv
+
+
+def _interleaved(bb: Any, value: Any, site: ConvSite, batch: Any) -> tuple[Any, Any, int]:
+    """The phases of a transposed convolution side by side; its spatial dims and filters."""
+    inter, work = site.interleave, site.workload
+    assert inter is not None
+    filters = work.filters // math.prod(inter.strides)
+    split, axes, merged = inter.steps(batch, work.outputs, filters)
+    value = bb.emit(relax.op.reshape(value, relax.ShapeExpr(split)))
+    value = bb.emit(relax.op.permute_dims(value, axes))
+    value = bb.emit(relax.op.reshape(value, relax.ShapeExpr(merged)))
+    ends = [f + s for f, s in zip(inter.first, inter.size, strict=True)]
+    if list(merged[1:4]) != list(inter.size):
+        value = bb.emit(relax.op.strided_slice(value, [1, 2, 3], list(inter.first), ends))
+    return value, inter.size, filters
+
+
 def _interaction_converter(
     sites: dict[str, InteractionSite], machine: Machine, placed: list[Placed]
 ) -> type:
@@ -168,17 +214,21 @@ def _interaction_converter(
 
 
 def _kernel(bb: Any, work: Any, machine: Machine, hint: str) -> tuple[registry.Choice, Any]:
-    """The kernel for a workload, as a function of the module."""
+    """The kernel for a workload, and the function that stands for it in the module."""
     choice = registry.select(work, machine)
-    kernel = choice.kernel
-    func = kernel.build(work, choice.params, machine)
-    func = func.without_attr("global_symbol")
-    func = func.with_attr("op_pattern", 8).with_attr("dcc.kernel", kernel.name)
-    return choice, bb.add_func(func, f"{kernel.name}_{hint}")
+    symbol, stub = codegen.stub(choice, hint)
+    return choice, bb.add_func(stub, symbol)
 
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _viewed(bb: Any, value: Any, shape: list[Any]) -> Any:
+    """Another shape of a kernel's operand. Unlike a reshape it is no work to fuse with others."""
+    if len(value.ty.shape.values) == len(shape) == 5:
+        return value
+    return bb.emit(relax.op.memory.view(value, relax.ShapeExpr(shape)))
 
 
 def _reshaped(bb: Any, value: Any, shape: list[Any]) -> Any:

@@ -67,8 +67,8 @@ _DERIVING = {
     "ScatterElements", "ScatterND", "Pad", "Tile", "And", "Or", "Xor", "If", "LessOrEqual",
     "GreaterOrEqual", "Round", "Sqrt", "Pow",
 }  # fmt: skip
-_DYNAMIC = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "AllClassNMS"}
-_UNCHECKED = {"RoiAlign", "MaxRoiPool", "MaxUnpool", "EmbedLayerNormalization", "Scatter"}
+_DYNAMIC = {"Unique", "Compress", "AllClassNMS"}
+_UNCHECKED = {"MaxRoiPool", "MaxUnpool", "EmbedLayerNormalization", "Scatter"}
 _TUPLES = {
     "Optional", "OptionalHasElement", "OptionalGetElement", "SequenceConstruct", "SequenceEmpty",
     "SequenceErase", "SequenceInsert", "SequenceLength", "ConcatFromSequence", "SplitToSequence",
@@ -191,16 +191,8 @@ def _findings(node: NodeProto, graph: _Graph, known: set[str], opset: int) -> It
 
 
 def _resize(node: NodeProto, graph: _Graph, opset: int) -> Iterator[Finding]:
-    mode = _attribute(node, "mode", "nearest")
-    if mode == "nearest" and not _attribute(node, "antialias", 0):
-        return
-    scales = graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    grows = scales is not None and bool((scales >= 1).all())
-    if not grows or _attribute(node, "antialias", 0):
-        found = f"mode {mode} that shrinks, or to sizes, has a wrong lowering"
-        yield "DC3113", found, "use mode nearest, or constant scales of at least 1"
-    if _attribute(node, "coordinate_transformation_mode") == "tf_crop_and_resize":
-        yield "DC3113", "tf_crop_and_resize has a wrong lowering", "crop outside the model"
+    if _attribute(node, "antialias", 0):
+        yield "DC3113", "antialias has no lowering", "resize outside the model"
 
 
 def _second_output(node: NodeProto, graph: _Graph, opset: int) -> Iterator[Finding]:

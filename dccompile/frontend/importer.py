@@ -19,7 +19,7 @@ from . import operators
 from .equal import pairs
 from .operator_tools import Scope, constant
 from .structure import subgraphs
-from .symbolic import MOST_STATIC, Evaluator, Known, known, tensor_of
+from .symbolic import MOST_STATIC, Evaluator, Known, known, literal, tensor_of
 from .symbols import Dim, Symbols, spell, wide
 
 _OWN_CHECKS = ("Expand", "Reshape")  # these compare sizes themselves
@@ -34,6 +34,14 @@ class Importer(onnx_frontend.ONNXGraphImporter):
         self.symbols = symbols
         self.known: dict[str, Known | None] = {}
 
+    def from_onnx(self, graph: onnx.GraphProto, opset: int) -> Any:
+        """The Relax module; `main` returns the outputs, then the counts of computed symbols."""
+        outputs = len(graph.output)
+        try:
+            return super().from_onnx(graph, opset)
+        finally:
+            del graph.output[outputs:]
+
     def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
         """The gate has listed them already, every one with its name."""
 
@@ -45,6 +53,10 @@ class Importer(onnx_frontend.ONNXGraphImporter):
         self._run(graph.node, evaluator)
         for output in graph.output:
             self._tensor(output.name)
+        for i, computed in enumerate(self.symbols.computed):
+            name = f"@count{i}"
+            self._nodes[name] = computed.count
+            graph.output.add(name=name)
 
     def _run(self, nodes: Iterable[NodeProto], evaluator: Evaluator) -> None:
         for node in nodes:
@@ -69,7 +81,7 @@ class Importer(onnx_frontend.ONNXGraphImporter):
         taken = "then_branch" if test.array.reshape(-1)[0] else "else_branch"
         graph = next(g for name, g in subgraphs(node) if name == taken)
         for tensor in graph.initializer:
-            self._set(tensor.name, relax.const(onnx.numpy_helper.to_array(tensor)))
+            self._set(tensor.name, literal(onnx.numpy_helper.to_array(tensor)))
         self._run(graph.node, evaluator)
         for name, inner in zip(node.output, graph.output, strict=True):
             value = self._known(inner.name)

@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 from dccompile.generic.elementwise import broadcast, one
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
+from .symbolic import literal
 
 
 def _size(shape: list[Any]) -> Any:
@@ -38,7 +39,7 @@ def checked_indices(node: Node, indices: Any, data: Any, axes: list[int]) -> Any
     extents = [shape_of(data)[a] for a in axes]
     known = constant(indices)
     if known is not None and all(isinstance(e, int) for e in extents):
-        return relax.const(_constant_indices(node, known, extents))
+        return literal(_constant_indices(node, known, extents))
     kind = dtype_of(indices)
     shape = shape_of(indices)
     several = len(axes) > 1
@@ -96,7 +97,8 @@ class Gather(Converter):
         known = constant(data), constant(indices)
         if known[0] is not None and known[1] is not None:
             extent = [known[0].shape[axis]]
-            return relax.const(np.take(known[0], _constant_indices(node, known[1], extent), axis))
+            places = _constant_indices(node, known[1], extent)
+            return literal(np.asarray(np.take(known[0], places, axis)))
         place = checked_indices(node, indices, data, [axis])
         middle = len(shape_of(indices))
 

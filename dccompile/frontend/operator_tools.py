@@ -15,7 +15,7 @@ from dccompile.generic.elementwise import each
 from dccompile.generic.lanes import walk
 
 from .symbolic import Known, known, packed, tensor_of
-from .symbols import Symbols, spell, wide
+from .symbols import Computed, Symbols, spell, wide
 
 __all__ = ["Converter", "constant", "dtype_of", "emit", "shape_of", "tensor"]
 
@@ -132,6 +132,19 @@ class Node:
             func = tirx.PrimFunc(params, func.body, func.ret_type, func.attrs)
         gvar = self.bb.add_func(func.without_attr("global_symbol"), name)
         return self.do(relax.call_tir(gvar, [*args, *extra], out_ty=out_ty))
+
+    def counted(
+        self, func: Any, name: str, args: list[Any], out_ty: Any, symbol: Any, bound: Any
+    ) -> Any:
+        """A call whose last output, int64 (1,), tells the value of `symbol`, at most `bound`.
+
+        The function gets outputs of `bound` elements wherever `symbol` is a dim of theirs, and
+        writes them as if that dim had the value.
+        """
+        result = self.call(func, name, args, out_ty)
+        count = self.do(relax.TupleGetItem(result, len(out_ty) - 1))
+        self.symbols.computed.append(Computed(symbol, bound, count))
+        return result
 
     def refuse(self, found: str, fix: str) -> UnsupportedError:
         return UnsupportedError([Problem("DC3141", self.where, found, fix)])

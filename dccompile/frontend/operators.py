@@ -6,12 +6,15 @@ a wrong result, or lets read outside their operands. `hazards` names the uses th
 
 from __future__ import annotations
 
+from .detection import DETECTION
 from .hazards import hazards
 from .indexing import Div, Gather, GatherElements, GatherND, Mod, ScatterElements, ScatterND
 from .integer import INTEGER
 from .pointwise import POINTWISE
 from .reducing import REDUCING
+from .resize import RESIZE
 from .sizes import SIZES
+from .spatial import SPATIAL
 
 __all__ = ["hazards", "supported", "table"]
 
@@ -24,7 +27,8 @@ def table() -> dict[str, type]:
     """Converters by operator type: TVM's, with ours in place of those that are not right."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    return {**_tvm(onnx_frontend), **POINTWISE, **INTEGER, **REDUCING, **_INDEXING, **SIZES}
+    own = {**POINTWISE, **INTEGER, **REDUCING, **_INDEXING, **SIZES, **DETECTION, **SPATIAL, **RESIZE}
+    return {**_tvm(onnx_frontend), **own}
 
 
 def _tvm(frontend: object) -> dict[str, type]:

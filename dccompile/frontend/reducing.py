@@ -38,7 +38,7 @@ class LayerNormalization(Converter):
         full = relax.ShapeExpr(dims)
         scale = _spread(node, scale, full, stash)
         if bias is None:
-            bias = relax.const(np.zeros([int(d) for d in dims], stash))
+            bias = relax.const(np.zeros([int(d) for d in dims], stash), stash)
         else:
             bias = _spread(node, bias, full, stash)
         y = node.do(relax.op.nn.layer_norm(wide, scale, bias, axes, epsilon))
@@ -57,7 +57,8 @@ def _spread(node: Node, value: Any, shape: Any, kind: str) -> Any:
     known = constant(value)
     if known is not None:
         dims = [int(d) for d in shape.values]
-        return relax.const(np.ascontiguousarray(np.broadcast_to(known.astype(kind), dims)))
+        spread = np.broadcast_to(known.astype(kind), dims)
+        return relax.const(np.ascontiguousarray(spread), kind)
     if dtype_of(value) != kind:
         value = node.do(relax.op.astype(value, kind))
     return node.do(relax.op.broadcast_to(value, shape))

@@ -17,7 +17,7 @@ from tvm.tirx import if_then_else
 from dccompile.generic.elementwise import one
 
 from .operator_tools import Converter, Node, constant, dtype_of
-from .symbolic import Known
+from .symbolic import literal
 from .symbols import Dim, spell, wide
 
 _END = 2**31 - 1  # as the end of a slice: to the end
@@ -72,9 +72,9 @@ class ConstantOfShape(Converter):
             fill = np.asarray(onnx.numpy_helper.to_array(value)).reshape(-1)[0]
         fill = np.asarray(fill)
         if all(isinstance(d, int) for d in dims) and np.prod(dims, dtype=np.float64) <= 4096:
-            return relax.const(np.full(dims, fill, fill.dtype))
+            return literal(np.full(dims, fill, fill.dtype))
         shape = relax.ShapeExpr([wide(d) for d in dims])
-        return relax.op.full(shape, relax.const(fill), str(fill.dtype))
+        return relax.op.full(shape, literal(fill), str(fill.dtype))
 
 
 class Reshape(Converter):
@@ -86,7 +86,9 @@ class Reshape(Converter):
         shape = symbols.shape(x)
         if not node.attr.get("allowzero", 0):
             wanted = [shape[i] if d == 0 and one_int(d) else d for i, d in enumerate(wanted)]
-        node.least([d for d in wanted if not one_int(d)], 1, "a dim of its shape")
+        for dim in wanted:
+            if not one_int(dim):
+                node.least([dim], 0 if symbols.may_vanish(dim) else 1, "a dim of its shape")
         open_at = [i for i, d in enumerate(wanted) if one_int(d) and d == -1]
         if len(open_at) == 1:
             rest = [d for i, d in enumerate(wanted) if i != open_at[0]]
@@ -99,7 +101,7 @@ class Reshape(Converter):
         _must_equal(node, *sides, f"{_listed(shape)} does not fill {_listed(wanted)}")
         known = constant(x)
         if known is not None and all(map(one_int, wanted)):
-            return relax.const(known.reshape(wanted))
+            return literal(known.reshape(wanted))
         if len(shape) == len(wanted) and all(map(symbols.same, shape, wanted)):
             return x
         return relax.op.reshape(x, relax.ShapeExpr([wide(d) for d in wanted]))
@@ -135,7 +137,7 @@ class Slice(Converter):
             for axis, (first, step) in begin.items():
                 places = first + step * np.arange(result[axis])
                 known = np.take(known, places, axis)
-            return relax.const(np.ascontiguousarray(known))
+            return literal(np.ascontiguousarray(known))
 
         def build(data: te.Tensor, *offsets: Any) -> te.Tensor:
             left = list(offsets)
@@ -217,8 +219,8 @@ class Range(Converter):
         count = tirx.floordiv(wide(span), wide(abs(delta)))
         count = symbols.simple(tirx.max(count, wide(0)))
         if one_int(count) and one_int(start):
-            return relax.const(np.arange(count).astype(kind) * np.array(delta, kind)
-                               + np.array(start, kind))  # fmt: skip
+            steps = np.arange(count).astype(kind) * np.array(delta, kind)
+            return literal(steps + np.array(start, kind))
 
         def build(*first: Any) -> te.Tensor:
             begin = first[0] if first else wide(start)
@@ -308,29 +310,7 @@ class Pad(Converter):
         return node.compute(build, x, *(p for p in before.values() if not one_int(p)))
 
 
-class Resize(Converter):
-    sizes = (3,)
-
-    @classmethod
-    def convert(cls, node: Node) -> Any:
-        sizes = node.inputs[3] if node.has(3) else None
-        if isinstance(sizes, Known):
-            dims = node.dims(3)
-            if len(dims) != 4 or node.text("mode", "nearest") != "nearest":
-                raise node.refuse("its sizes are symbolic", "use mode nearest on 4 dims")
-            node.least(dims, 1, "a size")
-            size = relax.ShapeExpr([wide(d) for d in dims[2:]])
-            return relax.op.image.resize2d(
-                node.get(0), size=size, roi=[0.0] * 4, layout="NCHW", method="nearest_neighbor",
-                coordinate_transformation_mode=node.text(
-                    "coordinate_transformation_mode", "half_pixel"
-                ),
-                rounding_method=node.text("nearest_mode", "round_prefer_floor"),
-            )  # fmt: skip
-        return node.plain()
-
-
 SIZES = {
     c.__name__: c
-    for c in (Expand, ConstantOfShape, Reshape, Slice, Tile, Range, Split, Pad, Resize)
+    for c in (Expand, ConstantOfShape, Reshape, Slice, Tile, Range, Split, Pad)
 }

@@ -67,12 +67,17 @@ def packed(entries: list[Any], shape: tuple[int, ...], dtype: np.dtype) -> Known
     return Known(array.reshape(shape), dtype)
 
 
-def tensor_of(bb: Any, value: Known) -> Any:
-    """The value as a tensor: a constant, or computed from the symbols."""
+def literal(array: np.ndarray) -> Any:
+    """A Relax constant of the array's own type, which `relax.const` alone narrows from 64 bits."""
     from tvm import relax
 
+    return relax.const(array, str(array.dtype))
+
+
+def tensor_of(bb: Any, value: Known) -> Any:
+    """The value as a tensor: a constant, or computed from the symbols."""
     if value.static:
-        return relax.const(value.array)
+        return literal(value.array)
     entries, dtype = value.entries(), str(value.dtype)
     shape = value.array.shape
     scalars = [e.top if isinstance(e, Ratio) else e for e in entries]

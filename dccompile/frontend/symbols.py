@@ -16,6 +16,8 @@ from typing import Any
 import tvm
 from tvm import ir, tirx
 
+from dccompile.generic.lanes import walk
+
 from .external import MAX_DIM
 
 Dim = Any  # int, or an int64 expression of symbols
@@ -29,6 +31,18 @@ class Requirement:
     message: str
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A symbol whose value the program computes: from 0 to `bound`, read from the tensor `count`.
+
+    `count` is a value of the Relax module, int64 (1,), made by the call that makes the tensor.
+    """
+
+    symbol: Any
+    bound: Dim
+    count: Any
+
+
 class Symbols:
     """The symbols of one model, their ranges, and the requirements collected on the way."""
 
@@ -37,6 +51,24 @@ class Symbols:
         self.analyzer = tvm.sym.Analyzer()
         self.bound: list[Any] = []
         self.requirements: list[Requirement] = []
+        self.computed: list[Computed] = []
+        self.fresh: list[Any] = []  # the symbols of `new`
+
+    def new(self, name: str, bound: Dim) -> Any:
+        """A symbol for a number that the program computes, 0 to `bound`; see `Computed`."""
+        name = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")
+        name = name if name and not name[0].isdigit() else f"d{name}"
+        taken = {*self.ranges, *(v.name for v in self.bound)}
+        fresh, number = name, 1
+        while fresh in taken:
+            number += 1
+            fresh = f"{name}_{number}"
+        most = self.analyzer.const_int_bound(wide(bound)).max_value
+        self.ranges[fresh] = (0, int(most) if most <= MAX_DIM else None)
+        symbol = tirx.Var(fresh, "int64")
+        self.bind([symbol])
+        self.fresh.append(symbol)
+        return symbol
 
     def bind(self, dims: Sequence[Dim]) -> None:
         """Learns the ranges of the symbols among the dims of a tensor."""
@@ -69,8 +101,10 @@ class Symbols:
         return self.simple(total)
 
     def quotient(self, dims: Sequence[Dim], by: Sequence[Dim]) -> Dim:
-        """The product of `dims` over that of `by` (each at least 1), rounded down."""
+        """The product of `dims` over that of `by`, or over 1 where that is 0, rounded down."""
         above, below = self.reduced(dims, by)
+        if self.holds(wide(below) >= 1) is not True:
+            below = self.simple(tirx.max(wide(below), _const(1)))
         if isinstance(below, int):
             if isinstance(above, int):
                 return above // below
@@ -134,6 +168,12 @@ class Symbols:
                         rule = f"{spell(side)} <= {spell(left[0])}"
             self._require(tirx.EQ(wide(a), wide(b)), f"{message}: {rule}")
 
+    def may_vanish(self, dim: Dim) -> bool:
+        """Whether a computed symbol is part of a dim, which may then be 0."""
+        if isinstance(dim, int):
+            return False
+        return any(n.same_as(v) for n in walk(dim) for v in self.fresh)
+
     def require_least(self, dims: Sequence[Dim], low: int, message: str) -> None:
         """That dims are at least `low`; `message` names the place."""
         for dim in dims:
@@ -141,7 +181,9 @@ class Symbols:
                 self._require(tirx.GE(wide(dim), _const(low)), f"{message}: {spell(dim)} >= {low}")
 
     def _require(self, condition: Any, text: str) -> None:
-        text = f"DC2112: {text} is required of the input shapes"
+        data = any(n.same_as(v) for n in walk(condition) for v in self.fresh)
+        source = "sizes that the data give" if data else "input shapes"
+        text = f"DC2112: {text} is required of the {source}"
         if all(r.message != text for r in self.requirements):
             self.requirements.append(Requirement(condition, text))
 

@@ -14,7 +14,10 @@ from .stages import Iter, Nest, Out, renamed
 
 
 def split(nest: Nest, space: list[Iter]) -> tuple[int, list[tuple[Nest, list[Iter]]]]:
-    """Cuts an elementwise nest where its conditions change, and resolves them.
+    """Cuts a nest where its conditions change, and resolves them.
+
+    A condition of a reduction may depend on a dimension reduced over, too, as that of a window over
+    padding: it is cut where it begins to hold, and where it ceases to, for the whole window.
 
     Returns how many leading dimensions have no cut, and the parts: padding, concatenation and
     slicing become plain copies.
@@ -24,7 +27,7 @@ def split(nest: Nest, space: list[Iter]) -> tuple[int, list[tuple[Nest, list[Ite
     for value in nest.values():
         for node in walk(value):
             if type(node).__name__ in ("LT", "LE", "GT", "GE", "EQ", "NE"):
-                _cut(node, cuts, sizes)
+                _cut(node, cuts, sizes, nest.over)
     edges = {
         v: [0, *sorted(c for c in found if 0 < c < sizes[v]), sizes[v]]
         for v, found in cuts.items()
@@ -48,16 +51,17 @@ def split(nest: Nest, space: list[Iter]) -> tuple[int, list[tuple[Nest, list[Ite
     result = []
     for names, iters in parts:
         analyzer = sym.Analyzer()
-        for it in iters:
+        for it in [*iters, *nest.over]:
             if it.size is not None:
                 analyzer.bind(it.var, ir.Range(tirx.const(0, str(it.var.ty)), it.extent))
         part = renamed(nest, names)
         outs = [Out(o.buffer, o.indices, resolve(o.value, analyzer)) for o in part.outs]
-        result.append((replace(part, outs=outs), iters))
+        inits, updates = ([resolve(v, analyzer) for v in vs] for vs in (part.inits, part.updates))
+        result.append((replace(part, outs=outs, inits=inits, updates=updates), iters))
     return lead, result
 
 
-def _cut(node: Any, cuts: dict[Any, set[int]], sizes: dict[Any, int]) -> None:
+def _cut(node: Any, cuts: dict[Any, set[int]], sizes: dict[Any, int], over: list[Iter]) -> None:
     """Adds the places where a comparison of one loop variable with a constant changes."""
     if str(node.a.ty) not in ("int32", "int64"):
         return
@@ -65,11 +69,20 @@ def _cut(node: Any, cuts: dict[Any, set[int]], sizes: dict[Any, int]) -> None:
     names = [v for v in cuts if uses(difference, v)]
     if len(names) != 1 or not sizes[names[0]] or loads(difference):
         return
-    linear = sym.detect_linear_equation(difference, names)
-    if len(linear) != 2 or static(linear[0]) not in (1, -1) or static(linear[1]) is None:
+    inner = [it for it in over if uses(difference, it.var)]
+    linear = sym.detect_linear_equation(difference, [*names, *(it.var for it in inner)])
+    steps = [static(part) for part in linear]
+    if len(steps) != 2 + len(inner) or None in steps or not steps[0]:
         return
-    zero = -int(linear[1].value) * int(linear[0].value)
-    cuts[names[0]] |= {zero, zero + 1}
+    by, *rates, offset = (int(step or 0) for step in steps)
+    reach = [0, 0]  # least and most that the dims reduced over add
+    for rate, it in zip(rates, inner, strict=True):
+        if it.size is None:
+            return
+        reach[rate > 0] += rate * (it.size - 1)
+    for extra in reach:
+        zero, exact = divmod(-(offset + extra), by)
+        cuts[names[0]] |= {zero, zero + 1} if exact == 0 else {zero + 1}
 
 
 def resolve(expr: Any, analyzer: Any) -> Any:

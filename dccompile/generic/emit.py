@@ -13,22 +13,22 @@ from .loops import integer
 from .reductions import Reductions
 from .stages import Iter, Nest, bare_use
 
+_NARROW = 4  # elements of a last dimension that vectors are interleaved for
+
 
 class Writer(Reductions):
     """Emits whole nests into the open IRBuilder scope."""
 
     def nest(self, nest: Nest, space: list[Iter], env: dict[Any, Any], parallel: bool) -> None:
         """One nest over `space`, the part of its space that no outer loop walks."""
-        if nest.over:
-            self.reduction(nest, space, env, parallel)
-            return
+        write = self.reduction if nest.over else self.box
         lead, boxes = split(nest, space)
         if len(boxes) == 1:
-            self.box(boxes[0][0], boxes[0][1], env, parallel)
+            write(boxes[0][0], boxes[0][1], env, parallel)
             return
         with self.grid(space[:lead], parallel) as outer:
             for part, iters in boxes:
-                self.box(part, iters[lead:], {**env, **outer}, parallel and lead == 0)
+                write(part, iters[lead:], {**env, **outer}, parallel and lead == 0)
 
     def box(self, nest: Nest, space: list[Iter], env: dict[Any, Any], parallel: bool) -> None:
         """An elementwise nest without conditions that depend on where in the box it is."""
@@ -37,6 +37,10 @@ class Writer(Reductions):
             self.store(nest, Lanes(self.memory, env))
             return
         last = space[-1]
+        beside = self.interleaved(nest, space)
+        if beside is not None:
+            self.interleave(nest, space, beside, env, parallel)
+            return
         blocked = self.transposed(nest, space)
         if blocked is not None:
             self.transpose(nest, space, blocked, env, parallel)
@@ -71,6 +75,51 @@ class Writer(Reductions):
             self.store(nest, Lanes(self.memory, {**env, var: start}))
         else:
             self.store(nest, Lanes(self.memory, env, var, start, n))
+
+    def interleaved(self, nest: Nest, space: list[Iter]) -> Iter | None:
+        """A dimension that loads walk contiguously, beside a last one of 2 to 4 elements."""
+        last = space[-1]
+        if last.size is None or not 2 <= last.size <= _NARROW or len(space) < 2:
+            return None
+        if len(nest.outs) != 1 or bare_use(nest, last.var):
+            return None
+        it, out = space[-2], nest.outs[0]
+        if it.size is None or it.size < self.machine.lanes or bare_use(nest, it.var):
+            return None
+        index = self.memory.at(out.buffer, out.indices)[1]
+        if static(stride(index, last.var)) != 1 or static(stride(index, it.var)) != last.size:
+            return None
+        steps = self.steps(nest, [out.value], it.var)
+        return it if set(steps) <= {0, 1} and 1 in steps else None
+
+    def interleave(
+        self, nest: Nest, space: list[Iter], it: Iter, env: dict[Any, Any], parallel: bool
+    ) -> None:
+        """Vectors along `it`, one for each element of the last dimension, stored interleaved."""
+        last, out = space[-1], nest.outs[0]
+        assert last.size is not None
+        columns = last.size
+
+        def block(point: dict[Any, Any], start: Any, n: int) -> None:
+            start = self.as_type(it.var, start)
+            if n == 1:
+                for j in range(columns):
+                    self.vector(nest, {**point, it.var: start}, last.var, integer(j), 1)
+                return
+            parts = []
+            for j in range(columns):
+                here = {**point, last.var: self.as_type(last.var, integer(j))}
+                parts.append(name(Lanes(self.memory, here, it.var, start, n).wide(out.value)))
+            order = [k % columns * n + k // columns for k in range(n * columns)]
+            buffer, index = self.memory.at(out.buffer, out.indices)
+            zero = self.as_type(last.var, integer(0))
+            first = Lanes(self.memory, {**point, it.var: start, last.var: zero})(index)
+            first = sym.Analyzer().simplify(first)
+            T.buffer_store(buffer, tirx.Shuffle(parts, order), [T.ramp(first, 1, n * columns)])
+
+        with self.grid(space[:-2], parallel) as outer:
+            point = {**env, **outer}
+            self.across(it.extent, self.machine.lanes, lambda s, n: block(point, s, n))
 
     def transposed(self, nest: Nest, space: list[Iter]) -> tuple[Iter, list[Any]] | None:
         """A dimension that some loads walk contiguously instead of the last one, and them."""

@@ -80,8 +80,8 @@ class _LayoutFolder(PyExprMutator):
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
         name = getattr(call.op, "name", "")
-        if name == "relax.reshape":
-            call = _shortened(call, self.lookup_binding)
+        if name in _SHAPES:
+            call = self.builder_.normalize(_shortened(call, self.lookup_binding))
         moves = isinstance(call, ir.Call) and name in _FOLD
         if not moves or not isinstance(call.args[0], ir.GenericConst):
             return call
@@ -97,19 +97,25 @@ class _LayoutFolder(PyExprMutator):
         return relax.const(folded, str(folded.dtype))
 
 
+_SHAPES = ("relax.reshape", "relax.memory.view")
+
+
 def _shortened(call: Any, binding_of: Callable[[Any], Any]) -> Any:
     """A reshape of a reshape as one, and none where it gives back the shape that was."""
     source = call.args[0]
     while isinstance(source, relax.Var):
         binding = binding_of(source)
-        if not isinstance(binding, ir.Call) or binding.op != call.op:
+        if getattr(getattr(binding, "op", None), "name", "") not in _SHAPES:
             break
         source = binding.args[0]
     wanted, have = call.args[1], getattr(getattr(source, "ty", None), "shape", None)
     if isinstance(wanted, relax.ShapeExpr) and isinstance(have, relax.ShapeExpr):
         if tvm_ffi.structural_equal(wanted.values, have.values, map_free_vars=False):
             return source
-    return call if source is call.args[0] else relax.op.reshape(source, wanted)
+    if source is call.args[0]:
+        return call
+    plain = call.op.name == "relax.reshape"
+    return relax.op.reshape(source, wanted) if plain else relax.op.memory.view(source, wanted)
 
 
 def _permuted(value: np.ndarray, call: Any, shape: list[int]) -> np.ndarray:
@@ -256,6 +262,7 @@ def _reshape(bb: Any, call: Any) -> Any:
 
 LEGALIZE: dict[str, Callable[[Any, Any], Any]] = {
     "relax.reshape": _reshape,
+    "relax.memory.view": lambda bb, call: call,
     "relax.nn.relu": _relu,
     "relax.nn.softmax": _softmax,
     "relax.clip": _clip,

@@ -91,10 +91,6 @@ def heavy(expr: Any) -> bool:
     return False
 
 
-def conditional(expr: Any) -> bool:
-    return any(operation(n) == "if_then_else" for n in walk(expr))
-
-
 def read(func: tirx.PrimFunc) -> tuple[list[Nest], dict[Any, list[Any]]]:
     """Nests in order, and the shapes of the buffers that live inside the function.
 
@@ -204,8 +200,6 @@ def _inline(nests: list[Nest], at: int, inner: dict[Any, list[Any]]) -> list[Nes
     times = sum(len(n.reads(out.buffer)) for n in users)
     costly = heavy(out.value)
     if costly and (times > 1 or any(_size(n) != _size(nest) for n in users)):
-        return None
-    if conditional(out.value) and any(n.over for n in users):
         return None
     if len(walk(out.value)) * times > 400:
         return None
