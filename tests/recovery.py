@@ -162,8 +162,16 @@ def evaluate(recovered: Recovered, feeds):
                 return (sum(t for t, _ in taps).astype(np.int32),)
             return ((sum(t for t, _ in taps) / sum(o for _, o in taps)).astype(x.dtype),)
 
+    class DccRequantize(OpRun):
+        op_domain = "dccompile"
+
+        def _run(self, q, factor=None, zero=None, output_zero=None, to=None):
+            codes = np.rint((q.astype(np.int32) - zero).astype(np.float32) * np.float32(factor))
+            info = np.iinfo(NUMPY[to])
+            return (np.clip(codes + output_zero, info.min, info.max).astype(NUMPY[to]),)
+
     onnx.checker.check_model(recovered.model)
-    own = [DccGemm, DccConv, DccPool]
+    own = [DccGemm, DccConv, DccPool, DccRequantize]
     return ReferenceEvaluator(recovered.model, new_ops=own).run(None, feeds)
 
 

@@ -340,3 +340,18 @@ def test_only_float_models_without_convolutions_are_left_alone():
     x = make.input(1, 3, 6, 6, dtype=F32)
     y = make.op("MaxPool", make.op("Relu", x), kernel_shape=[2, 2])
     assert layout(make, y, (1, 3, 6, 6)) == ["Relu", "MaxPool"]
+
+
+# ---- integers between convolutions ----
+def test_concat_and_pools_stay_in_integers():
+    make = Maker()
+    x = make.input(1, 6, 8, 8, dtype=U8)
+    a = make.dequant(quantized(make, x, 8, 6, 3, 3, pads=[1] * 4), 0.4, 120, np.uint8)
+    b = make.op("AveragePool", a, kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1)
+    b = make.dequant(make.quant(b, 0.3137, 100, U8), 0.3137, 100, np.uint8)
+    y = make.quant(make.op("Concat", a, b, axis=1), 0.4213, 99, U8)
+    y = make.dequant(y, 0.4213, 99, np.uint8)
+    y = make.quant(make.op("GlobalAveragePool", y), 0.1717, 130, U8)
+    found = agree(make.model(y), {"x": integers(make.rng, (1, 6, 8, 8), U8)})
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(found))
+    assert ops(found).count("DccRequantize") == 4

@@ -26,6 +26,7 @@ from ..streams import Streams
 from .bags import BagSite
 from .convolutions import ConvSite
 from .importer import Importer
+from .integer import Requantize
 from .interaction import InteractionSite
 from .pooling import Pool
 from .recover import GemmSite, Recovered
@@ -71,6 +72,7 @@ def to_relax(
             "DccEmbeddingBag": _bag_converter(recovered.bags, machine, placed, streams),
             "DccConv": _conv_converter(recovered.convs, machine, placed),
             "DccPool": Pool,
+            "DccRequantize": Requantize,
             "DccInteraction": _interaction_converter(recovered.interactions, machine, placed),
         },
         symbols,

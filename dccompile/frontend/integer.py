@@ -81,6 +81,23 @@ class QuantizeLinear(Converter):
         return node.compute(build, x, scale, *([] if zero is None else [zero]))
 
 
+class Requantize(Converter):
+    """DccRequantize, see `requantize`: saturate(rint((q - zero) * factor) + output_zero)."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        kind = str(onnx.helper.tensor_dtype_to_np_dtype(int(node.attr["to"])))
+        zero, output_zero = (int(node.attr[name]) for name in ("zero", "output_zero"))
+        factor = float(node.attr["factor"])
+
+        def code_of(q: Any) -> Any:
+            whole = tirx.Cast("int32", q) - tirx.const(zero, "int32")
+            y = tirx.Cast("float32", whole) * tirx.const(factor, "float32")
+            return quantized(y, tirx.const(output_zero, kind), kind)
+
+        return node.emit(code_of, node.get(0))
+
+
 class DynamicQuantizeLinear(Converter):
     """u8 with the range of the data, 0 in it; the scale of all zeros is 1."""
 

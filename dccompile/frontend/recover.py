@@ -35,6 +35,7 @@ from .layout import channels_last
 from .normalize import normalize
 from .products import Product, check_scale, integer_product, matrix_weights, product
 from .quantized import Constant, Refused, constant_operand
+from .requantize import requantize
 from .shuffles import absorb_shuffles
 from .sink import sink_dequantize
 from .unsigned import unsign
@@ -108,6 +109,7 @@ def recover(
                 recovery.reasons.setdefault(node.name, str(refused))
     editor.rewrite(recovery.changes)
     channels_last(editor)
+    requantize(editor)
     fold(editor, weights=True)
     report = recovery.report()
     sites = recovery.gemms, recovery.bags.sites, recovery.interactions.sites, recovery.convs.sites
