@@ -64,6 +64,9 @@ GROUPED = {
     "32_a_group_stride": conv((8, 8), 64, 64, 3, 2, groups=2),
     "pointwise_groups": conv((5, 9), 272, 272, groups=4),
     "pointwise_groups_wide": conv((3, 5), 96, 544, groups=4),
+    "rows_of_runs": conv((5, 3, 4), 68, 272, (1, 1, 4), groups=4, pad=0),
+    "rows_of_runs_whole": conv((5, 7, 2), 32, 48, (1, 1, 2), groups=2, pad=0, batch=2),
+    "rows_of_runs_dense": conv((5, 4), 24, 40, (1, 4), pad=0),
     "unequal_groups": conv((6, 6), 12, 20, 3, groups=4),
     "group_narrow": conv((5, 2), 32, 32, 3, groups=8),
     "group_one_pixel": conv((1, 1), 64, 64, 3, groups=16),
@@ -71,6 +74,16 @@ GROUPED = {
     "group_dilated": conv((9, 8), 32, 32, 3, dilation=2, groups=8),
     "group_3d": conv((4, 5, 6), 32, 32, 3, groups=8),
     "group_batch": conv((6, 6), 64, 64, 3, groups=16, batch=2),
+    "2_a_group": conv((5, 17), 52, 52, 3, groups=26),
+    "4_a_group_overlap": conv((5, 18), 28, 28, 3, groups=7),
+    "8_a_group_overlap": conv((4, 15), 24, 24, 3, groups=3),
+    "16_to_32_a_group": conv((6, 5), 32, 64, 3, groups=2),
+    "32_to_16_a_group": conv((5, 15), 64, 32, (1, 3), groups=2),
+    "group_far_pad": conv((2, 3), 32, 32, 3, pad=4, groups=8),
+    "group_3d_stride": conv((5, 6, 7), 32, 32, 3, 2, groups=4),
+    "group_one_side": replace(
+        conv((6, 7), 32, 32, (3, 2), groups=8), pads=((0, 0), (0, 2), (1, 0))
+    ),
 }
 DEPTHWISE = {
     "dw": conv((9, 12), 64, 64, 3, groups=64),

@@ -6,6 +6,7 @@ import numpy as np
 from onnx import NodeProto
 
 from .editor import Editor, attribute, is_op, operand
+from .quantized import constant_operand
 
 
 def fold_batch_norms(editor: Editor) -> None:
@@ -14,7 +15,7 @@ def fold_batch_norms(editor: Editor) -> None:
     for node in editor.nodes:
         if not is_op(node, "BatchNormalization") or attribute(node, "training_mode", 0):
             continue
-        parts = [editor.constant(name) for name in node.input[1:5]]
+        parts = [_constant(editor, name) for name in node.input[1:5]]
         shape = editor.shape(node.input[0])
         if shape is None or any(p is None or p.dtype != np.float32 for p in parts):
             continue
@@ -27,6 +28,12 @@ def fold_batch_norms(editor: Editor) -> None:
             editor, node, factor, offset, len(shape)
         )
     editor.rewrite(changes)
+
+
+def _constant(editor: Editor, name: str) -> np.ndarray | None:
+    """Some tools quantize the factor."""
+    found = constant_operand(editor, name)
+    return None if found is None else found.dequantize()
 
 
 def _into_conv(

@@ -51,9 +51,14 @@ def _quantize(node: NodeProto) -> Body:
 
 def _pool(op: str, *names: str) -> Callable[[NodeProto], Body | None]:
     def body(node: NodeProto) -> Body | None:
-        if _attributes(node, "channels_last").get("channels_last"):
-            return None
-        return [*_float(0), _n(op, "f0", "t", **_attributes(node, *names)), _like(0)]
+        attributes = _attributes(node, *names)
+        if not _attributes(node, "channels_last").get("channels_last"):
+            return [*_float(0), _n(op, "f0", "t", **attributes), _like(0)]
+        rank = 2 + len(attributes.get("kernel_shape", (1, 1)))  # of images where it does not say
+        first, last = [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
+        moved = _n("Transpose", "f0", "m", perm=first)
+        back = _n("Transpose", "p", "t", perm=last)
+        return [*_float(0), moved, _n(op, "m", "p", **attributes), back, _like(0)]
 
     return body
 

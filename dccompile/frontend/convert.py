@@ -170,7 +170,7 @@ def _conv_converter(sites: dict[str, ConvSite], machine: Machine, placed: list[P
             placed.append(Placed(site, choice, gvar.name_hint))
             outputs = work.outputs
             dims = [(*work.size, work.channels), (*outputs, work.filters)]
-            a, *r = (_reshaped(bb, x, [batch, *d]) for x, d in zip(given, dims, strict=False))
+            a, *r = (_viewed(bb, x, [batch, *d]) for x, d in zip(given, dims, strict=False))
             out = relax.TensorType([batch, *outputs, work.filters], _DTYPES[work.out])
             value = bb.emit(relax.call_tir(gvar, [a, relax.const(packed), *r], out_ty=out))
             filters = work.filters

@@ -97,6 +97,7 @@ def geometry(node: NodeProto, size: list[Any], window: tuple[int, ...]) -> Geome
         raise Refused("spatial dims are open")
     strides = attribute(node, "strides") or [1] * rank
     dilations = attribute(node, "dilations") or [1] * rank
+    dilations = [d if k > 1 else 1 for d, k in zip(dilations, window, strict=True)]
     pads = attribute(node, "pads") or [0] * (2 * rank)
     mode = attribute(node, "auto_pad", b"NOTSET").decode()
     pairs = list(zip(pads[:rank], pads[rank:], strict=True))
@@ -217,7 +218,7 @@ class _Recovery:
         interleave = self.interleave
         if interleave is None:
             return bias
-        return bias.each(lambda part: spread(part, interleave) if part.size > 1 else part)
+        return bias.each(lambda part: spread(part, interleave))
 
     # ---- the two kinds ----
     def _float(self, work: Conv, weights: Constant) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 
 from dccompile.generic import counted, suppression
 
@@ -36,6 +36,37 @@ class NonZero(Converter):
         return relax.TupleGetItem(both, 0)
 
 
+class Compress(Converter):
+    """The slices along an axis, or the elements, whose flag is set."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        x, flags = node.get(0), node.get(1)
+        if "axis" not in node.attr:
+            total = node.symbols.product(node.symbols.shape(x))
+            x = node.do(relax.op.reshape(x, relax.ShapeExpr([wide(total)])))
+        axis = int(node.attr.get("axis", 0)) % len(node.symbols.shape(x))
+        (length,) = node.symbols.shape(flags)
+        rest = node.symbols.simple(node.symbols.shape(x)[axis] - length)
+        node.least([rest], 0, "elements beside those with a flag")
+        count = node.symbols.new(f"{node.name or 'compress'}_count", length)
+        func = counted.nonzero([length], "bool", count)
+        types = [relax.TensorType([1, count], "int64"), _COUNT]
+        both = node.counted(func, "nonzero", [flags], types, count, length)
+        found = node.do(relax.TupleGetItem(both, 0))
+
+        def take(data: te.Tensor, at: te.Tensor) -> te.Tensor:
+            shape = [*data.shape[:axis], count, *data.shape[axis + 1 :]]
+            zero = tirx.const(0, "int64")
+
+            def value(*i: Any) -> Any:
+                return data(*i[:axis], at(zero, i[axis]), *i[axis + 1 :])
+
+            return te.compute(shape, value, name="compress")
+
+        return node.compute(take, x, found)
+
+
 class NonMaxSuppression(Converter):
     """Rows (batch, class, box), for each batch and class the kept boxes from the best score on."""
 
@@ -58,7 +89,7 @@ class NonMaxSuppression(Converter):
         count = node.symbols.new(f"{node.name or 'nms'}_count", bound)
         func = suppression.suppression(
             batches, classes, number, count, int(node.attr.get("center_point_box", 0)) == 1,
-            *(v is not None for v in given), node.where,
+            given[0] is not None, given[1] is not None, given[2] is not None, node.where,
         )  # fmt: skip
         extra = [_flat(node, v) for v in given if v is not None]
         scratch = [relax.TensorType(s, t) for s, t in suppression.scratch(number)]
@@ -74,4 +105,4 @@ def _flat(node: Node, value: Any) -> Any:
     return node.do(relax.op.reshape(value, relax.ShapeExpr([1])))
 
 
-DETECTION = {c.__name__: c for c in (NonZero, NonMaxSuppression)}
+DETECTION = {c.__name__: c for c in (Compress, NonZero, NonMaxSuppression)}

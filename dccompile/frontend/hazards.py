@@ -24,7 +24,8 @@ _CONTRIB = {
     "QLinearMatMul", "QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
     "QLinearLeakyRelu", "QLinearConcat", "QuantizeLinear", "DequantizeLinear",
     "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "FusedGemm", "FusedMatMul", "Gelu", "FastGelu",
-    "BiasGelu", "QuickGelu",
+    "BiasGelu", "QuickGelu", "FusedConv", "QLinearSoftmax", "QLinearAveragePool",
+    "QLinearGlobalAveragePool",
 }  # fmt: skip
 # Inputs that must be known when compiling.
 _CONSTANT_INPUTS = {
@@ -67,7 +68,7 @@ _DERIVING = {
     "ScatterElements", "ScatterND", "Pad", "Tile", "And", "Or", "Xor", "If", "LessOrEqual",
     "GreaterOrEqual", "Round", "Sqrt", "Pow",
 }  # fmt: skip
-_DYNAMIC = {"Unique", "Compress", "AllClassNMS"}
+_DYNAMIC = {"Unique", "AllClassNMS"}
 _UNCHECKED = {"MaxRoiPool", "MaxUnpool", "EmbedLayerNormalization", "Scatter"}
 _TUPLES = {
     "Optional", "OptionalHasElement", "OptionalGetElement", "SequenceConstruct", "SequenceEmpty",

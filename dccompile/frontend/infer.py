@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 from onnx import TensorProto
@@ -17,6 +18,7 @@ from onnx import TensorProto
 from dccompile.errors import Problem
 
 from . import contrib, sandbox
+from .ceiling import settle
 from .contrib import shape_function
 from .external import MAX_DIM, MAX_RANK, MAX_TENSOR_BYTES, bits
 from .growth import check_ranks
@@ -31,20 +33,11 @@ def infer(model: onnx.ModelProto) -> list[Problem]:
     problems = check_ranks(model)
     if problems:
         return problems
-    work = onnx.ModelProto()
-    work.CopyFrom(model)
-    places = [where(node) for node, _ in nodes_of(work)]
-    for index, (node, _) in enumerate(nodes_of(work)):
-        node.name = f"@{index}"
     declared = {v.name: v for v in [*model.graph.value_info, *model.graph.output]}
-    opaque = _add_contrib_functions(work)
+    done, texts, places, opaque, work = _run(model, declared)
+    while done and settle(model, types_of(done.graph)):
+        done, texts, places, opaque, work = _run(model, declared)
     outside = {name for node in opaque for name in node.output}
-    del work.graph.value_info[:]
-    work.graph.value_info.extend(v for name, v in declared.items() if name in outside)
-    for value in work.graph.output:
-        if value.name not in outside:
-            value.ClearField("type")
-    done, texts = sandbox.call("infer", work)
     indexed = [found for text in texts for found in _explain(text, places)]
     if opaque and indexed:
         tainted = _downstream(work.graph, outside)
@@ -69,6 +62,30 @@ def infer(model: onnx.ModelProto) -> list[Problem]:
             value.type.CopyFrom(types[value.name])
         _finish_output(value, claim, producers.get(value.name, "graph"), problems)
     return problems
+
+
+def _run(
+    model: onnx.ModelProto, declared: Mapping[str, onnx.ValueInfoProto]
+) -> tuple[Any, list[str], list[str], list[onnx.NodeProto], onnx.ModelProto]:
+    """Types a copy of the model.
+
+    Returns the typed model, or None, what onnx found, the place of every node, the nodes that onnx
+    knows nothing of, and the copy they are in.
+    """
+    work = onnx.ModelProto()
+    work.CopyFrom(model)
+    places = [where(node) for node, _ in nodes_of(work)]
+    for index, (node, _) in enumerate(nodes_of(work)):
+        node.name = f"@{index}"
+    opaque = _add_contrib_functions(work)
+    outside = {name for node in opaque for name in node.output}
+    del work.graph.value_info[:]
+    work.graph.value_info.extend(v for name, v in declared.items() if name in outside)
+    for value in work.graph.output:
+        if value.name not in outside:
+            value.ClearField("type")
+    done, texts = sandbox.call("infer", work)
+    return done, texts, places, opaque, work
 
 
 def _typed(kind: onnx.TypeProto) -> bool:

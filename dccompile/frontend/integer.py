@@ -90,12 +90,15 @@ class Requantize(Converter):
         zero, output_zero = (int(node.attr[name]) for name in ("zero", "output_zero"))
         factor = float(node.attr["factor"])
 
-        def code_of(q: Any) -> Any:
-            whole = tirx.Cast("int32", q) - tirx.const(zero, "int32")
-            y = tirx.Cast("float32", whole) * tirx.const(factor, "float32")
-            return quantized(y, tirx.const(output_zero, kind), kind)
+        def build(q: te.Tensor) -> te.Tensor:
+            def value(*i: Any) -> Any:
+                whole = tirx.Cast("int32", q(*i)) - tirx.const(zero, "int32")
+                y = tirx.Cast("float32", whole) * tirx.const(factor, "float32")
+                return quantized(y, tirx.const(output_zero, kind), kind)
 
-        return node.emit(code_of, node.get(0))
+            return te.compute(q.shape, value, name="requantize")
+
+        return node.compute(build, node.get(0))
 
 
 class DynamicQuantizeLinear(Converter):

@@ -25,8 +25,12 @@ _QLINEAR: dict[str, tuple[str, tuple[int, ...], int]] = {
     "QLinearMul": ("Mul", (0, 3), 6),
     "QLinearSigmoid": ("Sigmoid", (0,), 3),
     "QLinearLeakyRelu": ("LeakyRelu", (0,), 3),
+    "QLinearSoftmax": ("Softmax", (0,), 3),
+    "QLinearAveragePool": ("AveragePool", (0,), 3),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", (0,), 3),
 }
 _ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "LeakyRelu")
+_CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 def normalize(editor: Editor) -> None:
@@ -47,6 +51,8 @@ def normalize(editor: Editor) -> None:
             new = _integer(editor, node)
         elif op == "FusedGemm":
             new = _fused_gemm(editor, node)
+        elif op == "FusedConv":
+            new = _fused_conv(editor, node)
         elif op == "FusedMatMul":
             new = _fused_matmul(editor, node)
         if new is not None:
@@ -90,6 +96,10 @@ class _Chain:
         inputs = [name, scale, zero] if zero else [name, scale]
         return self.add("DequantizeLinear", inputs, shape=editor.shape(name), **attributes)
 
+    def turn(self, name: str, perm: list[int], shape: Shape) -> str:
+        """Transpose of a float tensor of this shape."""
+        return self.add("Transpose", [name], shape=tuple(shape[p] for p in perm), perm=perm)
+
 
 def _kept(node: NodeProto, *names: str) -> dict[str, Any]:
     return {
@@ -115,6 +125,9 @@ def _qlinear(editor: Editor, node: NodeProto) -> list[NodeProto] | None:
         }.get(op)
         inputs.append(chain.dequantize(name, scale, zero, axis))
     attributes = _kept(node)
+    last = attributes.pop("channels_last", 0)
+    if op == "Softmax" and attributes.pop("opset", 13) < 13:  # over all dims from the axis on
+        return None
     bias = operand(node, {"Gemm": 6, "Conv": 8}.get(op, 99))
     if bias:
         first, second = (editor.constant(operand(node, at + 1)) for at in positions)
@@ -127,7 +140,17 @@ def _qlinear(editor: Editor, node: NodeProto) -> list[NodeProto] | None:
     if not operand(node, y_scale):
         chain.add(op, inputs, output=node.output[0], **attributes)
         return chain.nodes
-    value = chain.add(op, inputs, shape=shape, **attributes)
+    if last:
+        given = editor.shape(node.input[0])
+        if given is None or shape is None:
+            return None
+        rank = len(given)
+        first, back = [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
+        inner = tuple(shape[p] for p in first)
+        pooled = chain.add(op, [chain.turn(inputs[0], first, given)], shape=inner, **attributes)
+        value = chain.turn(pooled, back, inner)
+    else:
+        value = chain.add(op, inputs, shape=shape, **attributes)
     _quantize(chain, value, operand(node, y_scale), operand(node, y_scale + 1))
     return chain.nodes
 
@@ -195,6 +218,34 @@ def _fused_gemm(editor: Editor, node: NodeProto) -> list[NodeProto] | None:
     chain.add(
         activation, [value], output=node.output[0], **(slope if activation == "LeakyRelu" else {})
     )
+    return chain.nodes
+
+
+def _fused_conv(editor: Editor, node: NodeProto) -> list[NodeProto] | None:
+    """Conv, the sum with another tensor if there is one, then the activation."""
+    activation = attribute(node, "activation", b"").decode()
+    numbers = [float(x) for x in attribute(node, "activation_params") or []]
+    chain = _Chain(editor, node)
+    shape, other = editor.shape(node.output[0]), operand(node, 3)
+    steps: list[tuple[str, list[str], dict[str, Any]]] = []
+    if other:
+        steps.append(("Add", [other], {}))
+    if activation in ("Relu", "Sigmoid", "Tanh"):
+        steps.append((activation, [], {}))
+    elif activation == "LeakyRelu" and len(numbers) == 1:
+        steps.append((activation, [], {"alpha": numbers[0]}))
+    elif activation == "HardSigmoid" and len(numbers) == 2:
+        steps.append((activation, [], {"alpha": numbers[0], "beta": numbers[1]}))
+    elif activation == "Clip" and len(numbers) == 2 and editor.opset() >= 11:
+        limits = [editor.add_constant(np.float32(x), f"{node.name}_limit") for x in numbers]
+        steps.append((activation, limits, {}))
+    elif activation:
+        return None
+    inputs = list(node.input[:3] if operand(node, 2) else node.input[:2])
+    value = chain.add("Conv", inputs, shape=shape, **_kept(node, *_CONV))
+    for op, more, attributes in steps:
+        value = chain.add(op, [value, *more], shape=shape, **attributes)
+    chain.nodes[-1].output[0] = node.output[0]
     return chain.nodes
 
 

@@ -27,7 +27,16 @@ def table() -> dict[str, type]:
     """Converters by operator type: TVM's, with ours in place of those that are not right."""
     from tvm.relax.frontend.onnx import onnx_frontend
 
-    own = {**POINTWISE, **INTEGER, **REDUCING, **_INDEXING, **SIZES, **DETECTION, **SPATIAL, **RESIZE}
+    own = {
+        **POINTWISE,
+        **INTEGER,
+        **REDUCING,
+        **_INDEXING,
+        **SIZES,
+        **DETECTION,
+        **SPATIAL,
+        **RESIZE,
+    }
     return {**_tvm(onnx_frontend), **own}
 
 

@@ -1,51 +1,28 @@
 """Resize: every resized axis has a table of the places and weights that an output element takes.
 
 An element is the sum over the product of its axes' entries: one of them for mode nearest, two for
-linear, four for cubic. Tables of fixed sizes are computed here as ONNX Runtime computes them,
-those of symbolic sizes when called.
+linear, four for cubic. Tables of fixed sizes are constants, those of
+symbolic sizes are computed in the call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from tvm import te, tirx
+from tvm import relax, te, tirx
 
 from dccompile.generic.elementwise import number, rounded
 
 from .operator_tools import Converter, Node, constant, dtype_of
+from .resize_tables import Axis, Mode, away, coordinate, nearest, neighbour, numbers, share
 from .symbolic import literal
 from .symbols import Dim, wide
 
 _EXACT = 1024  # largest denominator of a scale of a symbolic dim: the product is exact
 _F = np.float32
-_HALF = 1e-6  # ONNX Runtime takes what is nearer to a half for a half
 _SYMBOLIC = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """One resized axis: from `old` to `new` elements; `roi` is the part taken by tf_crop."""
-
-    at: int
-    old: Dim
-    new: Dim
-    scale: float | None  # None: new / old, in float32
-    roi: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class _Mode:
-    """The attributes that decide about places and weights."""
-
-    kind: str
-    coordinates: str
-    nearest: str
-    cubic: float
-    inside: bool  # cubic weights of places outside count nothing
 
 
 class Resize(Converter):
@@ -59,7 +36,7 @@ class Resize(Converter):
     @classmethod
     def convert(cls, node: Node) -> Any:
         x = node.get(0)
-        mode = _Mode(
+        mode = Mode(
             node.text("mode", "nearest"),
             node.text("coordinate_transformation_mode", "half_pixel"),
             node.text("nearest_mode", "round_prefer_floor"),
@@ -87,13 +64,13 @@ class Resize(Converter):
         return node.compute(build, x, *given)
 
 
-def _with_others(node: Node, x: Any, axes: list[_Axis]) -> list[_Axis]:
+def _with_others(node: Node, x: Any, axes: list[Axis]) -> list[Axis]:
     """The spatial axes that stay as they are too: their weights take part in the rounding."""
     shape = node.symbols.shape(x)
     found = {axis.at: axis for axis in axes}
     for at, axis in enumerate(_order(node, len(shape))):
         if axis >= 2 or len(shape) < 4:
-            found.setdefault(at, _Axis(at, shape[at], shape[at], 1.0, (0.0, 1.0)))
+            found.setdefault(at, Axis(at, shape[at], shape[at], 1.0, (0.0, 1.0)))
     return [found[at] for at in sorted(found)]
 
 
@@ -104,7 +81,7 @@ def _order(node: Node, rank: int) -> list[int]:
     return list(range(rank))
 
 
-def _axes(node: Node, x: Any) -> list[_Axis]:
+def _axes(node: Node, x: Any) -> list[Axis]:
     order = _order(node, len(node.symbols.shape(x)))
     shape = node.symbols.shape(x)
     rank = len(shape)
@@ -124,7 +101,7 @@ def _axes(node: Node, x: Any) -> list[_Axis]:
                 raise node.wrong(f"scale {scale}", "choose one above 0")
             if scale != 1.0:
                 new = _scaled(node, shape[at], scale)
-                found.append(_Axis(at, shape[at], new, scale, parts[axis]))
+                found.append(Axis(at, shape[at], new, scale, parts[axis]))
         return found
     if not node.has(3):
         raise node.refuse("its scales are computed from data", "make them constants")
@@ -137,7 +114,7 @@ def _axes(node: Node, x: Any) -> list[_Axis]:
         new = sizes.get(axis, shape[at])
         if not node.symbols.same(new, shape[at]):
             scale = float(_F(new) / _F(shape[at])) if _fixed(new, shape[at]) else None
-            found.append(_Axis(at, shape[at], new, scale, parts[axis]))
+            found.append(Axis(at, shape[at], new, scale, parts[axis]))
     return found
 
 
@@ -151,15 +128,13 @@ def _scaled(node: Node, old: Dim, scale: float) -> Dim:
     exact = Fraction(scale)
     if exact.denominator > _EXACT:
         raise node.refuse(f"scale {scale} of a symbolic dim", "fix the dim with --shape")
-    return node.symbols.simple(
-        tirx.floordiv(old * exact.numerator, wide(exact.denominator))
-    )
+    return node.symbols.simple(tirx.floordiv(old * exact.numerator, wide(exact.denominator)))
 
 
 def _kept(
     node: Node, shape: list[Dim], order: list[int], sizes: dict[int, Dim],
     parts: dict[int, tuple[float, float]], policy: str,
-) -> list[_Axis]:  # fmt: skip
+) -> list[Axis]:  # fmt: skip
     """One scale for all axes: the least or the largest of those that the sizes ask for."""
     places = {axis: at for at, axis in enumerate(order)}
     if not _fixed(*sizes.values(), *(shape[places[a]] for a in sizes)):
@@ -171,13 +146,13 @@ def _kept(
     found = []
     for axis in sizes:
         old = shape[places[axis]]
-        new = int(_away(np.array(scale * _F(old), _F)))
-        found.append(_Axis(places[axis], old, new, float(scale), parts[axis]))
+        new = int(away(np.array(scale * _F(old), _F)))
+        found.append(Axis(places[axis], old, new, float(scale), parts[axis]))
     return sorted(found, key=lambda a: a.at)
 
 
 def _resized(
-    data: te.Tensor, axes: list[_Axis], tables: list[tuple[Any, Any]], beyond: float | None
+    data: te.Tensor, axes: list[Axis], tables: list[tuple[Any, Any]], beyond: float | None
 ) -> te.Tensor:
     kind = str(data.dtype)
     real = kind if kind.startswith("float") else "float32"
@@ -224,13 +199,10 @@ def _narrowed(value: Any, kind: str) -> Any:
     return tirx.Cast(kind, tirx.Cast("int32", value))
 
 
-# Tables
-
-
-def _table(node: Node, axis: _Axis, mode: _Mode) -> tuple[Any, Any]:
+def _table(node: Node, axis: Axis, mode: Mode) -> tuple[Any, Any]:
     """Places int32 (new, taps), -1 where nothing is taken, and weights float32, or None."""
     if _fixed(axis.old, axis.new):
-        places, weights = _numbers(axis, mode)
+        places, weights = numbers(axis, mode)
         return literal(places), None if weights is None else literal(weights)
     if mode.coordinates not in _SYMBOLIC or mode.kind == "cubic":
         found = f"mode {mode.kind}, {mode.coordinates}, of symbolic sizes"
@@ -244,153 +216,18 @@ def _table(node: Node, axis: _Axis, mode: _Mode) -> tuple[Any, Any]:
         shape = (wide(axis.new), 2 if weighted else 1)
 
         def spot(i: Any) -> Any:
-            return _coordinate(i, old, new, axis.scale, mode)
+            return coordinate(i, old, new, axis.scale, mode)
 
         if not weighted:
-            return [te.compute(shape, lambda i, k: _nearest(spot(i), mode), name="places")]
-        places = te.compute(shape, lambda i, k: _neighbour(spot(i), old, k), name="places")
-        weights = te.compute(shape, lambda i, k: _share(spot(i), old, k), name="weights")
+            return [te.compute(shape, lambda i, k: nearest(spot(i), mode), name="places")]
+        places = te.compute(shape, lambda i, k: neighbour(spot(i), old, k), name="places")
+        weights = te.compute(shape, lambda i, k: share(spot(i), old, k), name="weights")
         return [places, weights]
 
     made = node.compute(build, *scalars)
-    from tvm import relax
-
     if not weighted:
         return made, None
     return tuple(node.do(relax.TupleGetItem(made, i)) for i in range(2))  # type: ignore[return-value]
-
-
-def _numbers(axis: _Axis, mode: _Mode) -> tuple[np.ndarray, np.ndarray | None]:
-    old, new = int(axis.old), int(axis.new)
-    at = _coordinates(axis, mode)
-    outside = (at < 0) | (at > _F(old - 1)) if mode.coordinates == "tf_crop_and_resize" else None
-    weights = None
-    if mode.kind == "nearest":
-        places = np.clip(_rounded(at, mode.nearest), 0, old - 1).reshape(new, 1)
-    elif mode.kind == "linear":
-        inside = np.maximum(_F(0), np.minimum(at, _F(old - 1)))
-        low = np.minimum(inside.astype(np.int64), old - 1)
-        high = np.minimum(low + 1, old - 1)
-        places = np.stack([low, high], 1)
-        gaps = np.abs(inside[:, None] - places.astype(_F))[:, ::-1]
-        weights = np.where((low == high)[:, None], _F(0.5), gaps).astype(_F)
-    else:
-        floor = np.floor(at)
-        places = floor.astype(np.int64)[:, None] + np.arange(-1, 3)
-        weights = _cubic(at - floor, _F(mode.cubic))
-        if mode.inside:
-            weights = np.where((places < 0) | (places >= old), _F(0), weights)
-            weights = weights / weights.sum(1, dtype=_F, keepdims=True)
-        places = np.clip(places, 0, old - 1)
-    if outside is not None:
-        places = np.where(outside[:, None], -1, places)
-    return places.astype(np.int32), weights
-
-
-def _coordinates(axis: _Axis, mode: _Mode) -> np.ndarray:
-    """Where in the input each output element lies, float32."""
-    i = np.arange(int(axis.new)).astype(_F)
-    scale, new, old = _F(axis.scale), _F(axis.new), _F(axis.old)
-    kind = mode.coordinates
-    if kind == "asymmetric" or scale == 1:
-        return i / scale
-    if kind == "align_corners":
-        return i * (old - _F(1)) / (new - _F(1)) if new != 1 else i * _F(0)
-    if kind == "tf_half_pixel_for_nn":
-        return (i + _F(0.5)) / scale
-    if kind == "tf_crop_and_resize":
-        start, end = map(_F, axis.roi)
-        if new > 1:
-            return start * (old - _F(1)) + i * (end - start) * (old - _F(1)) / (new - _F(1))
-        return np.full(1, 0.5 * float((start + end) * (old - _F(1))), _F)
-    if kind == "half_pixel_symmetric":
-        offset = old / _F(2) * (_F(1) - new / (scale * old))
-        return (float(offset) + (i.astype(float) + 0.5) / float(scale) - 0.5).astype(_F)
-    if kind == "pytorch_half_pixel" and new <= 1:
-        return i * _F(0)
-    return (i + _F(0.5)) / scale - _F(0.5)
-
-
-def _away(at: np.ndarray) -> np.ndarray:
-    """Rounded to the nearest integer, halves away from 0."""
-    wider = at.astype(np.float64)
-    return np.trunc(wider + np.copysign(0.5, wider))
-
-
-def _rounded(at: np.ndarray, how: str) -> np.ndarray:
-    if how == "floor":
-        return np.floor(at).astype(np.int64)
-    if how == "ceil":
-        return np.ceil(at).astype(np.int64)
-    floor = np.floor(at)
-    half = np.abs(at - floor - _F(0.5)) < _F(_HALF)
-    side = floor if how == "round_prefer_floor" else np.ceil(at)
-    return np.where(half, side, _away(at)).astype(np.int64)
-
-
-def _cubic(s: np.ndarray, a: np.float32) -> np.ndarray:
-    """Keys' weights of the four neighbours of a place that lies `s` behind the second one."""
-    one, two = _F(1), _F(2)
-
-    def far(t: np.ndarray) -> np.ndarray:
-        return ((a * t - _F(5) * a) * t + _F(8) * a) * t - _F(4) * a
-
-    def near(t: np.ndarray) -> np.ndarray:
-        return ((a + two) * t - (a + _F(3))) * t * t + one
-
-    return np.stack([far(s + one), near(s), near(one - s), far(two - s)], 1).astype(_F)
-
-
-# The same of symbolic sizes
-
-
-def _coordinate(i: Any, old: Any, new: Any, scale: float | None, mode: _Mode) -> Any:
-    """A place within 0 and old - 1."""
-
-    def real(value: Any) -> Any:
-        return tirx.Cast("float32", value)
-
-    half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
-    by = tirx.const(scale, "float32") if scale is not None else real(new) / real(old)
-    zero = tirx.const(0.0, "float32")
-    if mode.coordinates == "asymmetric":
-        at = real(i) / by
-    elif mode.coordinates == "align_corners":
-        under = tirx.max(real(new) - one, one)
-        at = real(i) * (real(old) - one) / under
-    else:
-        at = (real(i) + half) / by - half
-        if mode.coordinates == "pytorch_half_pixel":
-            at = tirx.Select(new > 1, at, zero)
-    at = tirx.Select(at > zero, at, zero)
-    last = real(old) - one
-    return tirx.Select(at < last, at, last)
-
-
-def _nearest(at: Any, mode: _Mode) -> Any:
-    floor = tirx.floor(at)
-    gap = at - floor
-    test = {
-        "floor": None,
-        "ceil": gap > 0,
-        "round_prefer_floor": gap >= 0.5 + _HALF,
-        "round_prefer_ceil": gap > 0.5 - _HALF,
-    }[mode.nearest]
-    low = tirx.Cast("int32", floor)
-    return low if test is None else tirx.Select(test, low + 1, low)
-
-
-def _neighbour(at: Any, old: Any, k: Any) -> Any:
-    low = tirx.Cast("int32", at)
-    return tirx.min(low + tirx.Cast("int32", k), tirx.Cast("int32", old - 1))
-
-
-def _share(at: Any, old: Any, k: Any) -> Any:
-    low = tirx.Cast("int32", at)
-    gap = at - tirx.Cast("float32", low)
-    half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
-    side = tirx.Select(tirx.EQ(k, 0), one - gap, gap)
-    return tirx.Select(low >= tirx.Cast("int32", old - 1), half, side)
 
 
 RESIZE = {"Resize": Resize, "DccResize": Resize}

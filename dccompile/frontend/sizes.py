@@ -310,7 +310,4 @@ class Pad(Converter):
         return node.compute(build, x, *(p for p in before.values() if not one_int(p)))
 
 
-SIZES = {
-    c.__name__: c
-    for c in (Expand, ConstantOfShape, Reshape, Slice, Tile, Range, Split, Pad)
-}
+SIZES = {c.__name__: c for c in (Expand, ConstantOfShape, Reshape, Slice, Tile, Range, Split, Pad)}
