@@ -80,7 +80,8 @@ def weights(work: Conv, seed: int) -> ConvWeights:
     if work.out == "f32":
         scale = scale / 20
     out = ConvWeights(b.astype(np.int8), scale.astype(np.float32), bias)
-    out.a_zero = int(rng.integers(1, 256)) if work.padded else 0
+    around = any(p for pair in work.pads for p in pair)
+    out.a_zero = int(rng.integers(1, 256)) if work.padded or not around else 0
     if work.out == "s32":
         out.scale = None
     if work.out in INT8_LIMITS:

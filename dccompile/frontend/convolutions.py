@@ -28,11 +28,13 @@ from dccompile.workload import (
     ResidualWeights,
 )
 
+from .conv_operands import check_weights, divide, integer_bias, kernel_order, undoes
 from .editor import Editor, attribute, is_op, operand
 from .epilogue import Epilogue, Tail, take_activation
 from .products import check_scale
-from .quantized import INT8, Activation, Constant, Refused, activation_operand, constant_operand
+from .quantized import Activation, Constant, Refused, activation_operand, constant_operand
 from .transposed import Interleave, as_convolution, spread
+from .windows import geometry
 
 DOMAIN, OP = "dccompile", "DccConv"
 _MOST_TAPS = 1024  # of one filter, per channel: kernels unroll over them
@@ -75,53 +77,6 @@ def recover_convolutions(editor: Editor) -> Found:
                 found.reasons[node.name] = str(refused)
     editor.rewrite(changes)
     return found
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The numbers of a convolution, three spatial dims each, as `workload.Conv` has them."""
-
-    size: tuple[int, int, int]
-    kernel: tuple[int, int, int]
-    strides: tuple[int, int, int]
-    dilations: tuple[int, int, int]
-    pads: tuple[tuple[int, int], ...]
-
-
-def geometry(node: NodeProto, size: list[Any], window: tuple[int, ...]) -> Geometry:
-    """Of a Conv or a pooling over static `size`; raises Refused for open dims."""
-    rank = len(size)
-    if not 1 <= rank <= 3:
-        raise Refused(f"{rank} spatial dims, 1 to 3 have kernels")
-    if not all(isinstance(s, int) for s in size):
-        raise Refused("spatial dims are open")
-    strides = attribute(node, "strides") or [1] * rank
-    dilations = attribute(node, "dilations") or [1] * rank
-    dilations = [d if k > 1 else 1 for d, k in zip(dilations, window, strict=True)]
-    pads = attribute(node, "pads") or [0] * (2 * rank)
-    mode = attribute(node, "auto_pad", b"NOTSET").decode()
-    pairs = list(zip(pads[:rank], pads[rank:], strict=True))
-    if mode == "VALID":
-        pairs = [(0, 0)] * rank
-    elif mode in ("SAME_UPPER", "SAME_LOWER"):
-        pairs = []
-        for s, k, stride, dilation in zip(size, window, strides, dilations, strict=True):
-            total = max(0, (-(-s // stride) - 1) * stride + (k - 1) * dilation + 1 - s)
-            small, large = total // 2, total - total // 2
-            pairs.append((small, large) if mode == "SAME_UPPER" else (large, small))
-    if any(p < 0 for pair in pairs for p in pair):
-        raise Refused("pads are negative")
-
-    def full(values: Any, outer: Any) -> Any:
-        return (*[outer] * (3 - rank), *values)
-
-    return Geometry(
-        full(size, 1),
-        full(window, 1),
-        full(strides, 1),
-        full(dilations, 1),
-        full([tuple(p) for p in pairs], (0, 0)),
-    )
 
 
 class _Recovery:
@@ -194,7 +149,7 @@ class _Recovery:
         try:
             activation = activation_operand(self.editor, self.node.input[0])
             if activation is not None:
-                _check_weights(weights)
+                check_weights(weights)
                 if activation.zero is None or activation.scale is None:
                     raise Refused("the input's scale is computed when called")
                 return activation, ""
@@ -242,7 +197,7 @@ class _Recovery:
             activation=epilogue.activation,
             clip=epilogue.clip,
         )
-        self._emit(work, ConvWeights(_kernel_order(b), bias=values), inputs, "float32")
+        self._emit(work, ConvWeights(kernel_order(b), bias=values), inputs, "float32")
 
     def _integer(self, work: Conv, weights: Constant, activation: Activation) -> None:
         assert activation.zero is not None and activation.scale is not None
@@ -254,13 +209,13 @@ class _Recovery:
         with np.errstate(all="ignore"):
             scale = activation.scale * scale
         check_scale(scale)
-        found = ConvWeights(_kernel_order(wide.astype(np.int8)), scale, a_zero=activation.zero)
+        found = ConvWeights(kernel_order(wide.astype(np.int8)), scale, a_zero=activation.zero)
         name = activation.name
         if activation.dtype == "s8":
             name = self._unsigned(name)
             found.a_zero += 128
         constant = self._bias()
-        bias = None if constant is None else _integer_bias(constant, scale)
+        bias = None if constant is None else integer_bias(constant, scale)
         reach = max(255 - found.a_zero, found.a_zero)
         bound = np.abs(found.b.astype(np.float64)).sum((0, 1, 2, 3)) * reach
         if bias is not None:
@@ -314,7 +269,7 @@ class _Recovery:
         if taken is None:
             self.tail.nodes = nodes
             if epilogue.y_scale is not None:
-                _divide(found, epilogue.y_scale)
+                divide(found, epilogue.y_scale)
             return [], work
         other, last = taken
         assert last.y_scale is not None and other.scale is not None and other.zero is not None
@@ -323,10 +278,10 @@ class _Recovery:
             zero = inner.zero_point
             limits = low - zero, high - zero
             a = inner.y_scale / last.y_scale
-            _divide(found, inner.y_scale)
+            divide(found, inner.y_scale)
         else:
             limits, a = (0, 0), np.float32(1)
-            _divide(found, last.y_scale)
+            divide(found, last.y_scale)
         b = other.scale / last.y_scale
         c = np.float32(-other.zero) * b
         found.residual = ResidualWeights(float(a), float(b), float(c), *limits)
@@ -340,7 +295,7 @@ class _Recovery:
         start = len(tail.nodes)
         if inner.y_scale is not None:
             node = tail.peek("DequantizeLinear")
-            if node is None or not _undoes(editor, node, inner):
+            if node is None or not undoes(editor, node, inner):
                 return None
             tail.nodes.append(node)
         elif inner.activation != "none":
@@ -414,67 +369,3 @@ class _Recovery:
             precision,
             self.interleave,
         )
-
-
-def _kernel_order(b: np.ndarray) -> np.ndarray:
-    """(filters, channels, spatial dims..) as (kd, kh, kw, channels, filters)."""
-    spatial = b.shape[2:]
-    b = b.reshape(*b.shape[:2], *[1] * (3 - len(spatial)), *spatial)
-    return np.ascontiguousarray(b.transpose(2, 3, 4, 1, 0))
-
-
-def _check_weights(weights: Constant) -> None:
-    """Raises Refused unless weights are 8-bit, per tensor or per filter, and fit s8."""
-    if weights.scale is None or weights.zero is None:
-        raise Refused("weights are not quantized")
-    kind = weights.values.dtype
-    if kind.name not in ("int8", "uint8", "int4", "uint4", "int2", "uint2"):
-        raise Refused(f"weights are {kind.name}, not 8-bit")
-    if weights.scale.dtype != np.float32:
-        raise Refused("weight scale is not float32")
-    filters = weights.values.shape[0]
-    if weights.scale.size != 1 and not (
-        weights.scale.size == filters and weights.scale.shape[0] == filters
-    ):
-        raise Refused("weights are not scaled per tensor or per filter")
-    if not (np.isfinite(weights.scale).all() and (weights.scale > 0).all()):
-        raise Refused("a weight scale is not positive and finite")
-    wide = weights.values.astype(np.int32) - weights.zero
-    if wide.min() < -128 or wide.max() > 127:
-        raise Refused("asymmetric weights do not fit signed 8 bits")
-
-
-def _integer_bias(constant: Constant, scale: np.ndarray) -> np.ndarray | None:
-    """The bias as s32 where it is quantized with the accumulator's own scale."""
-    if (
-        constant.scale is None
-        or constant.values.dtype != np.int32
-        or np.any(constant.zero)
-        # Tools compute this product in float32 or in float64: equal to a rounding or two.
-        or not np.allclose(constant.scale.reshape(-1), scale, rtol=1e-6, atol=0)
-    ):
-        return None
-    return np.ascontiguousarray(constant.values.reshape(-1))
-
-
-def _divide(found: ConvWeights, y_scale: np.float32) -> None:
-    """Brings the accumulator's factor, and a float bias, to the scale of the output."""
-    assert found.scale is not None
-    with np.errstate(all="ignore"):
-        found.scale = found.scale / y_scale
-    check_scale(found.scale)
-    if found.bias is not None and found.bias.dtype == np.float32:
-        found.bias = found.bias / y_scale
-
-
-def _undoes(editor: Editor, node: NodeProto, epilogue: Epilogue) -> bool:
-    """Whether a DequantizeLinear has the parameters of the quantization before it."""
-    zero = editor.scalar(operand(node, 2)) if operand(node, 2) else 0
-    scale = editor.scalar(node.input[1])
-    return (
-        scale is not None
-        and zero is not None
-        and scale == epilogue.y_scale
-        and int(zero) == epilogue.zero_point
-        and editor.dtype(node.input[0]) in INT8
-    )

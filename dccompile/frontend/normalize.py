@@ -145,9 +145,9 @@ def _qlinear(editor: Editor, node: NodeProto) -> list[NodeProto] | None:
         if given is None or shape is None:
             return None
         rank = len(given)
-        first, back = [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
-        inner = tuple(shape[p] for p in first)
-        pooled = chain.add(op, [chain.turn(inputs[0], first, given)], shape=inner, **attributes)
+        forth, back = [0, rank - 1, *range(1, rank - 1)], [0, *range(2, rank), 1]
+        inner = tuple(shape[p] for p in forth)
+        pooled = chain.add(op, [chain.turn(inputs[0], forth, given)], shape=inner, **attributes)
         value = chain.turn(pooled, back, inner)
     else:
         value = chain.add(op, inputs, shape=shape, **attributes)

@@ -312,6 +312,29 @@ class QuickGelu(Converter):
         return node.emit(lambda x: x * tirx.sigmoid(number(alpha, x) * x), node.get(0))
 
 
+class Equal(Converter):
+    """Of a value with itself it asks for NaN, while TVM takes it for true."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        a, b = node.get(0), node.get(1)
+        if not a.same_as(b) or not dtype_of(a).startswith("float"):
+            return node.plain()
+        return node.emit(lambda x: _not(tirx.isnan(x)), a)
+
+
+def _not(x: Any) -> Any:
+    return tirx.EQ(tirx.Cast("int32", x), tirx.const(0, "int32"))
+
+
+class Not(Converter):
+    """By arithmetic: TVM makes ``a >= b`` of ``not a < b``, which is another thing for NaN."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        return node.emit(_not, node.get(0))
+
+
 class Where(Converter):
     @classmethod
     def convert(cls, node: Node) -> Any:
@@ -323,6 +346,6 @@ POINTWISE = {
     for c in (
         Relu, Clip, Max, Min, IsInf, Sign, BitShift, Pow, Celu, Swish, HardSigmoid, HardSwish,
         LeakyRelu, Elu, Selu, ThresholdedRelu, PRelu, Softplus, Mish, Gelu, FastGelu, BiasGelu,
-        QuickGelu, Where,
+        QuickGelu, Equal, Not, Where,
     )
 }  # fmt: skip

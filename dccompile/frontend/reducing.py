@@ -13,9 +13,10 @@ from tvm.tirx.script import builder as T
 
 from dccompile.generic.elementwise import number
 from dccompile.generic.lanes import local
+from dccompile.generic.topk import top
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
-from .symbols import spell, wide
+from .symbols import spell
 
 
 def _axes_from(node: Node, x: Any) -> list[int]:
@@ -264,7 +265,7 @@ class TopK(Converter):
         rows = node.do(relax.op.permute_dims(x, order)) if moved else x
         lead = [shape[a] for a in order[:-1]]
         kind = dtype_of(x)
-        func = _top(lead, shape[axis], k, kind, largest)
+        func = top(lead, shape[axis], k, kind, largest)
         types = [relax.TensorType([*lead, k], kind), relax.TensorType([*lead, k], "int64")]
         both = node.call(func, "topk", [rows], types)
         parts = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
@@ -272,54 +273,6 @@ class TopK(Converter):
             back = [order.index(a) for a in range(len(shape))]
             parts = [node.do(relax.op.permute_dims(p, back)) for p in parts]
         return relax.Tuple(parts)
-
-
-def _top(lead: list[Any], n: Any, k: Any, kind: str, largest: bool) -> Any:
-    rows: Any = tirx.const(1, "int64")
-    for extent in lead:
-        rows = rows * extent
-    n = tirx.const(n, "int64") if isinstance(n, int) else n
-    top, zero = wide(k), tirx.const(0, "int64")
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("topk")
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "topk"})
-        source = T.arg("x", T.buffer([*lead, n], kind))
-        values = T.arg("values", T.buffer([*lead, k], kind))
-        places = T.arg("indices", T.buffer([*lead, k], "int64"))
-        with T.sblock("root"):
-            x = T.decl_buffer((rows * n,), kind, data=tirx.buffer_data(source))
-            best = T.decl_buffer((rows * top,), kind, data=tirx.buffer_data(values))
-            place = T.decl_buffer((rows * top,), "int64", data=tirx.buffer_data(places))
-            with T.serial(0, zero if isinstance(k, int) and k == 0 else rows) as r:
-                spot = local(1, "int64")
-                with T.serial(0, n) as i:
-                    value = T.Bind(x[r * n + i])
-
-                    def better(a: Any, b: Any) -> Any:
-                        """a before b: NaN counts as the largest number."""
-                        test = a > b if largest else a < b
-                        if not kind.startswith("float"):
-                            return test
-                        nans = (a, b) if largest else (b, a)
-                        nan = tirx.And(tirx.isnan(nans[0]), tirx.Not(tirx.isnan(nans[1])))
-                        return tirx.Or(test, nan)
-
-                    T.buffer_store(spot, tirx.Min(i, top), [0])
-                    with T.While(
-                        tirx.if_then_else(
-                            spot[0] > 0,
-                            better(value, best[r * top + tirx.Max(spot[0] - 1, zero)]),
-                            tirx.const(False, "bool"),
-                        )
-                    ):  # fmt: skip
-                        with T.If(spot[0] < top), T.Then():
-                            T.buffer_store(best, best[r * top + spot[0] - 1], [r * top + spot[0]])
-                            T.buffer_store(place, place[r * top + spot[0] - 1], [r * top + spot[0]])
-                        T.buffer_store(spot, spot[0] - 1, [0])
-                    with T.If(spot[0] < top), T.Then():
-                        T.buffer_store(best, value, [r * top + spot[0]])
-                        T.buffer_store(place, i, [r * top + spot[0]])
-    return builder.get()
 
 
 class CumSum(Converter):

@@ -16,7 +16,7 @@ from tvm import relax, te, tirx
 from dccompile.generic.elementwise import number, rounded
 
 from .operator_tools import Converter, Node, constant, dtype_of
-from .resize_tables import Axis, Mode, away, coordinate, nearest, neighbour, numbers, share
+from .resize_tables import Axis, Mode, away, numbers, table
 from .symbolic import literal
 from .symbols import Dim, wide
 
@@ -50,7 +50,7 @@ class Resize(Converter):
             return x
         if mode.kind == "linear" and not dtype_of(x).startswith("float"):
             axes = _with_others(node, x, axes)
-        tables = [_table(node, axis, mode) for axis in axes]
+        tables = [_table(node, x, axis, mode) for axis in axes]
         fill = node.attr.get("extrapolation_value", 0.0)
         beyond = float(fill) if mode.coordinates == "tf_crop_and_resize" else None
         given = [t for pair in tables for t in pair if t is not None]
@@ -199,7 +199,7 @@ def _narrowed(value: Any, kind: str) -> Any:
     return tirx.Cast(kind, tirx.Cast("int32", value))
 
 
-def _table(node: Node, axis: Axis, mode: Mode) -> tuple[Any, Any]:
+def _table(node: Node, x: Any, axis: Axis, mode: Mode) -> tuple[Any, Any]:
     """Places int32 (new, taps), -1 where nothing is taken, and weights float32, or None."""
     if _fixed(axis.old, axis.new):
         places, weights = numbers(axis, mode)
@@ -207,27 +207,15 @@ def _table(node: Node, axis: Axis, mode: Mode) -> tuple[Any, Any]:
     if mode.coordinates not in _SYMBOLIC or mode.kind == "cubic":
         found = f"mode {mode.kind}, {mode.coordinates}, of symbolic sizes"
         raise node.refuse(found, "fix the input shapes with --shape")
-    scalars = [d for d in (axis.old, axis.new) if not isinstance(d, int)]
     weighted = mode.kind == "linear"
-
-    def build(*given: Any) -> list[te.Tensor]:
-        left = list(given)
-        old, new = (wide(d) if isinstance(d, int) else left.pop(0) for d in (axis.old, axis.new))
-        shape = (wide(axis.new), 2 if weighted else 1)
-
-        def spot(i: Any) -> Any:
-            return coordinate(i, old, new, axis.scale, mode)
-
-        if not weighted:
-            return [te.compute(shape, lambda i, k: nearest(spot(i), mode), name="places")]
-        places = te.compute(shape, lambda i, k: neighbour(spot(i), old, k), name="places")
-        weights = te.compute(shape, lambda i, k: share(spot(i), old, k), name="weights")
-        return [places, weights]
-
-    made = node.compute(build, *scalars)
+    func = table(node.symbols.shape(x), dtype_of(x), axis, mode)
+    shape = [wide(axis.new), 2 if weighted else 1]
+    places = relax.TensorType(shape, "int32")
     if not weighted:
-        return made, None
-    return tuple(node.do(relax.TupleGetItem(made, i)) for i in range(2))  # type: ignore[return-value]
+        return node.call(func, "resize_table", [x], places), None
+    both = node.call(func, "resize_table", [x], [places, relax.TensorType(shape, "float32")])
+    found = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
+    return found[0], found[1]
 
 
 RESIZE = {"Resize": Resize, "DccResize": Resize}

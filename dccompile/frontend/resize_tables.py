@@ -1,7 +1,7 @@
 """Where a resized axis takes its elements from, and with what weights.
 
 `numbers` computes the tables of fixed sizes as ONNX Runtime does, operation by operation in
-float32; `coordinate`, `nearest`, `neighbour` and `share` are the same as TIR for symbolic sizes.
+float32; `table` makes a function that computes those of symbolic sizes in the call.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
 
-from dccompile.generic.elementwise import rounded
+from dccompile.generic.counted import attributes
+from dccompile.generic.lanes import local, name
 
-from .symbols import Dim
+from .symbols import Dim, wide
 
 _HALF = 1e-6  # ONNX Runtime takes what is nearer to a half for a half
 _F = np.float32
@@ -126,12 +129,43 @@ def _cubic(s: np.ndarray, a: np.float32) -> np.ndarray:
 # The same of symbolic sizes
 
 
+def table(shape: list[Dim], dtype: str, axis: Axis, mode: Mode) -> Any:
+    """PrimFunc(x, places int32 (new, taps), weights float32 (new, 2) if linear).
+
+    `shape` and `dtype` are of x, which only tells the sizes.
+    """
+    old, new = wide(axis.old), wide(axis.new)
+    weighted = mode.kind == "linear"
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        attributes("resize_table")
+        T.arg("x", T.buffer(shape, dtype))
+        places = T.arg("places", T.buffer([new, 2 if weighted else 1], "int32"))
+        weights = T.arg("weights", T.buffer([new, 2], "float32")) if weighted else None
+        with T.sblock("root"), T.serial(tirx.const(0, "int64"), new) as i:
+            at = name(_coordinate(i, old, new, axis.scale, mode))
+            if weights is None:
+                T.buffer_store(places, _nearest(at, mode), [i, 0])
+            else:
+                low = name(tirx.Cast("int32", at))
+                last = name(tirx.Cast("int32", old - 1))
+                gap = name(at - _real(low))
+                half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
+                for k, (place, weight) in enumerate(
+                    ((low, one - gap), (tirx.min(low + 1, last), gap))
+                ):
+                    T.buffer_store(places, place, [i, k])
+                    T.buffer_store(weights, tirx.Select(low >= last, half, weight), [i, k])
+    return builder.get()
+
+
 def _real(value: Any) -> Any:
-    """An integer as float32, out of sight of TVM's analysis, which takes ranges of it for ints."""
-    return rounded(tirx.Cast("float32", value))
+    """An integer as float32, in a register: of a name, TVM would take a cast's range for ints."""
+    buffer = local(1, "float32")
+    T.buffer_store(buffer, tirx.Cast("float32", value), [0])
+    return buffer[0]
 
 
-def coordinate(i: Any, old: Any, new: Any, scale: float | None, mode: Mode) -> Any:
+def _coordinate(i: Any, old: Any, new: Any, scale: float | None, mode: Mode) -> Any:
     """A place within 0 and old - 1."""
 
     half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
@@ -151,7 +185,7 @@ def coordinate(i: Any, old: Any, new: Any, scale: float | None, mode: Mode) -> A
     return tirx.Select(at < last, at, last)
 
 
-def nearest(at: Any, mode: Mode) -> Any:
+def _nearest(at: Any, mode: Mode) -> Any:
     floor = tirx.floor(at)
     gap = at - floor
     test = {
@@ -162,16 +196,3 @@ def nearest(at: Any, mode: Mode) -> Any:
     }[mode.nearest]
     low = tirx.Cast("int32", floor)
     return low if test is None else tirx.Select(test, low + 1, low)
-
-
-def neighbour(at: Any, old: Any, k: Any) -> Any:
-    low = tirx.Cast("int32", at)
-    return tirx.min(low + tirx.Cast("int32", k), tirx.Cast("int32", old - 1))
-
-
-def share(at: Any, old: Any, k: Any) -> Any:
-    low = tirx.Cast("int32", at)
-    gap = at - _real(low)
-    half, one = tirx.const(0.5, "float32"), tirx.const(1.0, "float32")
-    side = tirx.Select(tirx.EQ(k, 0), one - gap, gap)
-    return tirx.Select(low >= tirx.Cast("int32", old - 1), half, side)

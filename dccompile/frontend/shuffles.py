@@ -21,7 +21,7 @@ from onnx import NodeProto
 
 from .convolutions import DOMAIN, OP, ConvSite
 from .editor import Editor, attribute, is_op
-from .layout import channel_shuffle
+from .forms import channel_shuffle
 
 Sites = dict[str, ConvSite]
 

@@ -1,0 +1,77 @@
+"""Constant operands of a convolution as kernels take them, and what their scales become."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto
+
+from dccompile.workload import ConvWeights
+
+from .editor import Editor, operand
+from .epilogue import Epilogue
+from .products import check_scale
+from .quantized import INT8, Constant, Refused
+
+
+def kernel_order(b: np.ndarray) -> np.ndarray:
+    """(filters, channels, spatial dims..) as (kd, kh, kw, channels, filters)."""
+    spatial = b.shape[2:]
+    b = b.reshape(*b.shape[:2], *[1] * (3 - len(spatial)), *spatial)
+    return np.ascontiguousarray(b.transpose(2, 3, 4, 1, 0))
+
+
+def check_weights(weights: Constant) -> None:
+    """Raises Refused unless weights are 8-bit, per tensor or per filter, and fit s8."""
+    if weights.scale is None or weights.zero is None:
+        raise Refused("weights are not quantized")
+    kind = weights.values.dtype
+    if kind.name not in ("int8", "uint8", "int4", "uint4", "int2", "uint2"):
+        raise Refused(f"weights are {kind.name}, not 8-bit")
+    if weights.scale.dtype != np.float32:
+        raise Refused("weight scale is not float32")
+    filters = weights.values.shape[0]
+    if weights.scale.size != 1 and not (
+        weights.scale.size == filters and weights.scale.shape[0] == filters
+    ):
+        raise Refused("weights are not scaled per tensor or per filter")
+    if not (np.isfinite(weights.scale).all() and (weights.scale > 0).all()):
+        raise Refused("a weight scale is not positive and finite")
+    wide = weights.values.astype(np.int32) - weights.zero
+    if wide.min() < -128 or wide.max() > 127:
+        raise Refused("asymmetric weights do not fit signed 8 bits")
+
+
+def integer_bias(constant: Constant, scale: np.ndarray) -> np.ndarray | None:
+    """The bias as s32 where it is quantized with the accumulator's own scale."""
+    if (
+        constant.scale is None
+        or constant.values.dtype != np.int32
+        or np.any(constant.zero)
+        # Tools compute this product in float32 or in float64: equal to a rounding or two.
+        or not np.allclose(constant.scale.reshape(-1), scale, rtol=1e-6, atol=0)
+    ):
+        return None
+    return np.ascontiguousarray(constant.values.reshape(-1))
+
+
+def divide(found: ConvWeights, y_scale: np.float32) -> None:
+    """Brings the accumulator's factor, and a float bias, to the scale of the output."""
+    assert found.scale is not None
+    with np.errstate(all="ignore"):
+        found.scale = found.scale / y_scale
+    check_scale(found.scale)
+    if found.bias is not None and found.bias.dtype == np.float32:
+        found.bias = found.bias / y_scale
+
+
+def undoes(editor: Editor, node: NodeProto, epilogue: Epilogue) -> bool:
+    """Whether a DequantizeLinear has the parameters of the quantization before it."""
+    zero = editor.scalar(operand(node, 2)) if operand(node, 2) else 0
+    scale = editor.scalar(node.input[1])
+    return (
+        scale is not None
+        and zero is not None
+        and scale == epilogue.y_scale
+        and int(zero) == epilogue.zero_point
+        and editor.dtype(node.input[0]) in INT8
+    )
