@@ -7,6 +7,7 @@ share slots whose offsets are expressions of the dims.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from .generic.lanes import walk
 from .runtime.params import Stream
 
 ALIGN = 64
@@ -43,11 +45,15 @@ class Tensor:
 
 @dataclass
 class Step:
-    """One kernel call: packed function `name` over tensors, then scalars; outputs come last."""
+    """One kernel call: packed function `name` over tensors, then scalars; outputs come last.
+
+    After it the value of each symbol in `binds` is read from its tensor, one of the outputs.
+    """
 
     name: str
     args: list[Tensor | Any]
     outputs: list[Tensor]
+    binds: list[tuple[Any, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -57,12 +63,21 @@ class Program:
     inputs: list[Tensor]
     outputs: list[Tensor]
     steps: list[Step]
-    symbols: list[Any]  # tirx.Var, in the order of `plan`
+    symbols: list[Any]  # tirx.Var of the inputs, in the order of `plan`
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (source, output)
     workspace: Any = 0
     constants: list[Storage] = field(default_factory=list)
     requirements: list[tuple[Any, str]] = field(default_factory=list)  # (condition, message)
     peak: int | None = None  # largest live set of intermediates, bytes; None: unbounded dims
+    computed: dict[Any, Any] = field(default_factory=dict)  # symbols of steps: largest value
+
+    def told(self) -> dict[Any, Any]:
+        """Computed symbols in shapes of outputs, and the most that each can be."""
+        nodes = [
+            n for t in self.outputs for d in t.shape if not isinstance(d, int) for n in walk(d)
+        ]
+        told = [v for v in self.computed if any(v.same_as(n) for n in nodes)]
+        return {v: highest(v, self.computed) for v in told}
 
 
 _ANALYZER = tvm.sym.Analyzer()
@@ -82,6 +97,62 @@ def nbytes(shape: tuple[Any, ...], dtype: str) -> Any:
     for dim in shape:
         size = size * dim
     return _round_up(size)
+
+
+def highest(dim: Any, computed: dict[Any, Any]) -> Any:
+    """The least expression of the input symbols that no value of computed ones exceeds.
+
+    Raises ValueError where none is found.
+    """
+    if isinstance(dim, int) or not any(node in computed for node in walk(dim)):
+        return dim
+    return simple(_edge(dim, computed, True))
+
+
+def _edge(dim: Any, computed: dict[Any, Any], top: bool) -> Any:
+    """The upper or lower end of what an expression can be."""
+
+    def end(part: Any, up: bool = True) -> Any:
+        return _edge(part, computed, top == up)
+
+    kind = type(dim).__name__
+    if not any(node in computed for node in walk(dim)):
+        return dim
+    if isinstance(dim, tirx.Var):
+        return _edge(wide(computed[dim]), computed, True) if top else wide(0)
+    if kind == "Sub":
+        return end(dim.a) - end(dim.b, False)
+    if kind in ("Add", "Max", "Min"):
+        return _JOIN[kind](end(dim.a), end(dim.b))
+    if kind == "Mul" and isinstance(dim.b, tirx.IntImm):
+        return end(dim.a, int(dim.b) >= 0) * dim.b
+    if kind == "Mul" and _natural(dim.a) and _natural(dim.b):
+        return end(dim.a) * end(dim.b)
+    if kind == "FloorDiv" and isinstance(dim.b, tirx.IntImm) and int(dim.b) > 0:
+        return tirx.floordiv(end(dim.a), dim.b)
+    if kind == "Select":
+        pick = tirx.max if top else tirx.min
+        return pick(end(dim.true_value), end(dim.false_value))
+    if kind == "FloorMod" and isinstance(dim.b, tirx.IntImm):
+        return dim.b - 1 if top else wide(0)
+    raise ValueError(f"the largest value of {dim} cannot be told")
+
+
+_JOIN = {"Add": operator.add, "Max": tirx.max, "Min": tirx.min}
+
+
+def _natural(expr: Any) -> bool:
+    """Whether an expression is at least 0 whatever its symbols are."""
+    analyzer = tvm.sym.Analyzer()
+    for node in walk(expr):
+        if isinstance(node, tirx.Var):
+            extent = tirx.const(_NO_BOUND, "int64")
+            analyzer.bind(node, tvm.ir.Range.from_min_extent(wide(0), extent))
+    return bool(analyzer.can_prove(expr >= 0))
+
+
+def wide(value: Any) -> Any:
+    return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
 def _round_up(size: Any) -> Any:
@@ -127,6 +198,8 @@ def plan(program: Program, limits: dict[Any, int | None]) -> None:
                     tensor.storage.first = index
                     blocks.append(tensor.storage)
                 tensor.storage.last = index
+    for block in blocks:
+        block.size = highest(block.size, program.computed)
     sizes = [_most(block.size, limits) for block in blocks]
     if None not in sizes:
         for block, size in zip(blocks, sizes, strict=True):

@@ -78,14 +78,15 @@ def kernel_unit(symbol: str, choice: Choice, machine: Machine) -> Unit:
         func = choice.kernel.build(choice.workload, choice.params, machine)
         return {symbol: func.with_attr("dcc.kernel", choice.kernel.name)}
 
-    source = _with_imports(Path(inspect.getfile(type(choice.kernel))))
-    return Unit(_key(machine, "kernel", symbol, *_recipe(choice), source), machine, make)
+    sources = _contracts(), _with_imports(Path(inspect.getfile(type(choice.kernel))))
+    record = json.dumps(asdict(machine), sort_keys=True)
+    return Unit(_key(machine, symbol, *_recipe(choice), record, *sources), machine, make)
 
 
 def function_unit(functions: dict[str, tirx.PrimFunc], machine: Machine) -> Unit:
     """Functions that exist already, by symbol."""
     texts = [text for name in sorted(functions) for text in (name, *_text(functions[name]))]
-    return Unit(_key(machine, "functions", *texts), machine, lambda: functions)
+    return Unit(_key(machine, *texts), machine, lambda: functions)
 
 
 def entry_unit(functions: dict[str, tirx.PrimFunc], calls: Iterable[str], machine: Machine) -> Unit:
@@ -125,20 +126,25 @@ def _text(func: tirx.PrimFunc) -> tuple[str, str]:
 
 
 def _key(machine: Machine, *parts: str) -> str:
-    return _sha256(_tools(), json.dumps(asdict(machine), sort_keys=True), *parts)
-
-
-@lru_cache(maxsize=1)
-def _tools() -> str:
-    """Digest of all that turns a function into machine code."""
-    own = Path(__file__).parent
-    names = ("codegen", "kernel", "machine", "workload")
-    paths = [*(own / f"{n}.py" for n in names), *sorted((own / "generic").glob("*.py"))]
-    versions = f"tvm {tvm.__version__} llvm {tvm.target.codegen.llvm_version_major()}"
-    return _sha256(versions, _sources(*paths))
+    return _sha256(_tools(machine), *parts)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033 (a cache by that name is something else here)
+def _tools(machine: Machine) -> str:
+    """Digest of all that turns a function into machine code."""
+    versions = f"tvm {tvm.__version__} llvm {tvm.target.codegen.llvm_version_major()}"
+    sources = _sources(Path(__file__)), _with_imports(Path(stack.__file__))
+    return _sha256(versions, str(legalize.target_of(machine)), *sources)
+
+
+@lru_cache(maxsize=1)
+def _contracts() -> str:
+    """Digest of what schedules import beside each other."""
+    own = Path(__file__).parent
+    return _sources(*(own / f"{n}.py" for n in ("kernel", "machine", "workload")))
+
+
+@lru_cache(maxsize=None)  # noqa: UP033
 def _with_imports(path: Path) -> str:
     """Digest of a Python file and of those in its folder that it imports, directly or not."""
     found = {path}

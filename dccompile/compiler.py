@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from . import cache, errors
 from .errors import Error, Problem, UsageError
 from .machine import resolve
 from .runtime import artifact
@@ -104,6 +104,7 @@ def compile(
         "shapes": {k: list(v) for k, v in shapes.items()} if shapes else None,
         "precision": precision,
         "embedding": embedding,
+        "cache": str(cached) if (cached := cache.folder()) else None,
     }
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="dccompile-")
     size = _put_model(model, job, Path(folder.name))

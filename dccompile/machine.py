@@ -128,6 +128,11 @@ def default_threads() -> int:
                     "DC2003",
                 )
             return int(value)
+    return available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may use by its affinity mask and cgroup quota."""
     cpus = len(os.sched_getaffinity(0))
     quota = _cgroup_quota()
     return max(1, min(cpus, quota) if quota else cpus)

@@ -42,13 +42,15 @@ class Source:
             "Fix: name the .onnx file or the reference model that it was compiled from"
         )
 
-    def shapes(self, options: Sequence[str]) -> dict[str, tuple[int | str, ...]] | None:
-        """What --shape says; by default a recommendation model takes any batch up to 256."""
+    def shapes(
+        self, options: Sequence[str], batches: Sequence[int] = (1,)
+    ) -> dict[str, tuple[int | str, ...]] | None:
+        """What --shape says; by default what a reference model needs for these batches."""
         given = parse_shapes(options)
         if given is None and self.kind == "reference":
             from . import models
 
-            return models.shapes(self.name) if models.size(self.name) else None
+            return models.default_shapes(self.name, batches)
         return given
 
     def compilable(self) -> Any:

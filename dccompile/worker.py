@@ -12,9 +12,7 @@ import os
 import resource
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,40 +79,31 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name in job["targets"]:
         say("lower", target=name)
         lowered.append(pipeline.lower(front, TARGETS[name], constants))
-    say("generate", targets=len(lowered))
     (folder / "lib").mkdir()
     (folder / artifact.RUNTIME).parent.mkdir()
     libraries = [folder / "lib" / f"{low.machine.name}.so" for low in lowered]
-    _generate_all(lowered, libraries)
+    _generate(lowered, libraries, job["cache"])
     say("write")
     constants.write(folder / "params.safetensors")
     threadpool.build(folder / artifact.RUNTIME)
     return _manifest(job, front, lowered)
 
 
-_lowered: list[Any] = []  # inherited by the forked generators below
+def _generate(lowered: list[Any], libraries: list[Path], folder: str | None) -> None:
+    from . import codegen, pipeline
+    from .cache import Cache
+    from .machine import available_cores
 
+    def progress(missing: int, total: int) -> None:
+        say("generate", functions=missing, cached=total - missing)
 
-def _generate(index: int, library: str) -> None:
-    from . import pipeline
-
-    pipeline.generate(_lowered[index], Path(library))
-
-
-def _generate_all(lowered: list[Any], libraries: list[Path]) -> None:
-    from . import pipeline
-
-    cores = len(os.sched_getaffinity(0))
-    if len(lowered) == 1 or cores == 1:
-        for low, library in zip(lowered, libraries, strict=True):
-            pipeline.generate(low, library)
-        return
-    _lowered[:] = lowered
-    workers = min(cores, len(lowered))
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        jobs = [pool.submit(_generate, i, str(path)) for i, path in enumerate(libraries)]
-        for job in jobs:
-            job.result()
+    cache = Cache(Path(folder) if folder else None)
+    try:
+        pipeline.generate(lowered, libraries, cache, available_cores(), progress)
+    except codegen.Crash as crash:  # this process ends as its child did, the caller tells
+        if crash.code < 0:
+            os.kill(os.getpid(), -crash.code)
+        os._exit(abs(crash.code))
 
 
 def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, Any]:
@@ -162,16 +151,25 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             {"name": value.name, "dtype": t.dtype, "shape": [_dim(d) for d in t.shape]}
             for value, t in zip(graph.outputs, lowered[0].program.outputs, strict=True)
         ],
-        "symbols": [
-            {"name": v.name, "min": graph.symbols[v.name][0], "max": graph.symbols[v.name][1]}
-            for v in lowered[0].program.symbols
-        ],
+        "symbols": _symbols(graph, lowered[0].program),
         "variants": variants,
         "nodes": nodes,
         "tables": tables,
         "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
         "runtime": {"tvm_ffi": tvm_ffi.__version__},
     }
+
+
+def _symbols(graph: Any, program: Any) -> list[dict[str, Any]]:
+    """Those of the inputs, in the order of `plan`, then those that the model computes."""
+    rows: list[dict[str, Any]] = []
+    for v in program.symbols:
+        low, high = graph.symbols[v.name]
+        rows.append({"name": v.name, "min": low, "max": high})
+    for v, bound in program.told().items():
+        high = bound if isinstance(bound, int) else None
+        rows.append({"name": v.name, "min": 0, "max": high, "computed": True, "bound": _dim(bound)})
+    return rows
 
 
 def _dim(dim: Any) -> int | str:

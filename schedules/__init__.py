@@ -30,6 +30,23 @@ KERNELS: tuple[str, ...] = (
     "x86.embedding_bag_u4f32_avx2",
     "x86.interaction_f32f32f32_avx512",
     "x86.interaction_f32f32f32_avx2",
+    "x86.depthwise_u8s8s32_vnni",
+    "x86.depthwise_u8s8s32_avx512",
+    "x86.depthwise_u8s8s32_avx2",
+    "x86.groupconv_u8s8s32_vnni",
+    "x86.groupconv_u8s8s32_avx512",
+    "x86.groupconv_u8s8s32_avx2",
+    "x86.conv_u8s8s32_vnni",
+    "x86.depthwise_f32f32f32_avx512",
+    "x86.depthwise_f32f32f32_avx2",
+    "x86.conv_u8s7s32_avx512",
+    "x86.conv_u8s8s32_avx512",
+    "x86.conv_u8s7s32_avx2",
+    "x86.conv_u8s8s32_avx2",
+    "x86.groupconv_f32f32f32_avx512",
+    "x86.groupconv_f32f32f32_avx2",
+    "x86.conv_f32f32f32_avx512",
+    "x86.conv_f32f32f32_avx2",
 )
 
 

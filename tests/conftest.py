@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from dccompile import cache
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled functions go to a folder of this run, unless the environment names one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if cache.VARIABLE not in os.environ:
+            patch.setenv(cache.VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,14 +27,14 @@ def tensor(array):
 
 
 def before_a_hole(array):
-    """The array at the end of a page that no readable page follows."""
+    """The array at the end of a page that no readable page follows, or up to 63 bytes before."""
     page = mmap.PAGESIZE
     pages = -(-array.nbytes // page)
     region = mmap.mmap(-1, (pages + 1) * page)
     view = np.frombuffer(region, np.uint8)
     hole = ctypes.c_void_p(view.ctypes.data + pages * page)
     assert ctypes.CDLL(None, use_errno=True).mprotect(hole, page, 0) == 0
-    start = pages * page - array.nbytes
+    start = (pages * page - array.nbytes) // 64 * 64
     copy = view[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     assert copy.ctypes.data % 64 == 0
     copy[...] = array

@@ -350,9 +350,9 @@ def test_bench_reports_a_model_that_no_peer_agrees_with(
 
 def test_bench_kernels(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     from dccompile import machine
-    from dccompile.bench import kernel_bench
+    from dccompile.bench import gemm_cases
 
-    monkeypatch.setattr(kernel_bench, "shapes", lambda: [(5, 48, 68), (12, 256, 256)])
+    monkeypatch.setattr(gemm_cases, "shapes", lambda: [(5, 48, 68), (12, 256, 256)])
     suffix = machine.host().isa
     args = ("bench", "--kernels", f"gemm_u8s8s32_{suffix}", "--duration", "20ms")
     args = (*args, "--against", "onnxruntime,openvino")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ DENSE = {
     "3x5x5_stride": conv((4, 12, 12), 3, 16, (3, 5, 5), (1, 2, 2)),
     "3x7x7": conv((3, 14, 14), 3, 32, (3, 7, 7), (1, 2, 2)),
     "batch": conv((7, 9), 16, 32, 3, batch=3),
+    "3x3_asymmetric": replace(conv((8, 9), 16, 24, 3), pads=((0, 0), (0, 2), (2, 1))),
+    "3x3_beyond": conv((4, 5), 8, 20, 3, pad=4),
+    "3x3_odd_channels": conv((5, 8), 18, 33, 3),
+    "first_layer_asymmetric": replace(conv((9, 11), 3, 20, 3, 2), pads=((0, 0), (0, 1), (0, 1))),
+    "first_layer_batch": conv((6, 7), 3, 16, 3, batch=2),
+    "pointwise_batch": conv((3, 3), 40, 36, batch=5),
+    "pointwise_few": conv((7, 5), 2, 24),
 }
 GROUPED = {
     "4_a_group": conv((9, 14), 64, 64, 3, groups=16),
@@ -158,20 +166,32 @@ def epilogues(name):
 
 
 def run_all(found, *batches):
-    if not found:
-        pytest.skip("the kernel takes none of these shapes")
-    library = build(found)
+    library = compiled(found)
     for case in found:
         for batch in batches or (None,):
             case.run(library, batch)
 
 
-@KERNELS
-def test_shapes(name):
-    """Every class of shapes, each with another epilogue."""
+def compiled(found):
+    if not found:
+        pytest.skip("the kernel takes none of these shapes")
+    return build(found)
+
+
+@cache
+def every_shape(name):
+    """Every class of shapes, each with another epilogue: cases and their library."""
     options = list(epilogues(name).values())
     works = [typed(name, w, options[i % len(options)]) for i, w in enumerate(SHAPES.values())]
-    run_all(cases(name, works))
+    found = cases(name, works)
+    return found, compiled(found)
+
+
+@KERNELS
+def test_shapes(name):
+    found, library = every_shape(name)
+    for case in found:
+        case.run(library)
 
 
 @KERNELS
@@ -204,11 +224,7 @@ def test_open_batch(name):
 
 @KERNELS
 def test_nothing_outside_is_read_or_written(name):
-    options = list(epilogues(name).values())
-    found = cases(name, [typed(name, w, options[0]) for w in SHAPES.values()])
-    if not found:
-        pytest.skip("the kernel takes none of these shapes")
-    library = build(found)
+    found, library = every_shape(name)
     for case in found:
         work = case.work
         a, _ = activations(work, work.batch, case.seed)
@@ -226,12 +242,13 @@ def test_nothing_outside_is_read_or_written(name):
 def test_infinity_and_nan_stay_where_they_are(name):
     if "_f32f32f32_" not in name:
         pytest.skip("integers")
-    for case in cases(name, [typed(name, SHAPES[s], {}) for s in MAIN]):
+    found = cases(name, [typed(name, SHAPES[s], {"activation": "relu"}) for s in MAIN])
+    library = compiled(found)
+    for case in found:
         work = case.work
         a, _ = activations(work, 1, case.seed)
         a[0, 0, 1, 1, 0], a[0, 0, -1, -1, -1] = np.inf, np.nan
         out, _ = aligned((1, *work.outputs, work.filters), "float32")
-        library = build([case])
         library[case.symbol](tvm.runtime.tensor(a), case.packed, tvm.runtime.from_dlpack(out))
         with np.errstate(invalid="ignore"):
             expected = reference.conv(work, case.weights, a)

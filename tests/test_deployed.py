@@ -10,7 +10,7 @@ import tvm
 from memory import tensor
 
 from dccompile import machine, reference, registry
-from dccompile.bench import kernel_bench
+from dccompile.bench import gemm_cases, kernel_bench
 from dccompile.generic import legalize, stack
 from dccompile.workload import NUMPY, Gemm
 
@@ -33,7 +33,7 @@ def test_deployed_shapes(name: str) -> None:
     if missing := machine.missing_features(kernel.features):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     case = kernel_bench.cases(name, None)[0]
-    works = [kernel_bench.workload(case.form, *shape) for shape in kernel_bench.shapes()]
+    works = [gemm_cases.workload(case.form, *shape) for shape in gemm_cases.shapes()]
     params = [kernel.default(work, case.machine) for work in works]
     functions = {
         f"f{i}": kernel.build(work, p, case.machine).with_attr("global_symbol", f"f{i}")
@@ -42,7 +42,7 @@ def test_deployed_shapes(name: str) -> None:
     built = stack.build(tvm.IRModule(functions), legalize.target_of(case.machine))
     library = tvm.runtime.Executable(built)
     for i, (work, p) in enumerate(zip(works, params, strict=True)):
-        weights, a = kernel_bench.problem(work)
+        weights, a = gemm_cases.problem(work)
         out = tensor(np.zeros((a.shape[0], work.n), NUMPY[work.out]))
         library[f"f{i}"](tensor(a), tensor(kernel.pack(work, weights, p)), out)
         _check(work, weights, a, out.numpy())

@@ -8,8 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dccompile import reference
-from dccompile.bench import gemm_peers, kernel_bench, measure
+from dccompile.bench import measure
 from dccompile.bench.peers import PEERS, PeerError, aligned, compare, one_line, parse
 from dccompile.errors import UsageError
 from dccompile.machine import host
@@ -92,38 +91,6 @@ def test_peaks_of_this_host_are_plausible() -> None:
     assert 1.3 < ints / floats < 6
     assert 5 < floats < 2000  # Gop/s of one core
     assert 0.5 < measure.stream_gbs(machine, mib=64) < 1000
-
-
-@pytest.mark.parametrize("form", kernel_bench.FORMS, ids=str)
-def test_single_operator_peers_compute_the_workload(form: kernel_bench.Form) -> None:
-    work = kernel_bench.workload(form, 5, 48, 68)
-    weights, a = kernel_bench.problem(work)
-    expected = reference.gemm(work, weights, a)
-    ran = []
-    for name in gemm_peers.names(work):
-        try:
-            peer = gemm_peers.prepare(name, work, weights, a, 1)
-        except PeerError as error:
-            missing = PEERS[name.partition("-")[0]].available()
-            assert missing or "unsigned 8-bit" in str(error) or "engine" in str(error)
-            continue
-        peer.call()
-        found = compare(peer.outputs(), [expected])
-        assert found.get("steps", 0) <= 1 and found.get("relative", 0) < 1e-5, (name, found)
-        ran.append(name)
-    assert "onnxruntime" in ran
-
-
-def test_problems_fill_the_output_range() -> None:
-    for form in kernel_bench.FORMS[:3]:
-        work = kernel_bench.workload(form, 16, 64, 512)
-        weights, a = kernel_bench.problem(work)
-        assert len(np.unique(reference.gemm(work, weights, a))) > 60, form
-
-
-def test_shapes_ship_with_the_package() -> None:
-    shapes = kernel_bench.shapes()
-    assert (64, 512, 512) in shapes and (156800, 8, 36) in shapes
 
 
 def test_a_peer_that_refuses_says_why_on_one_line() -> None:

@@ -54,7 +54,8 @@ def test_reshape():
     whole = check(g)
     shapes = [str(o.shape).replace("T_1", "T") for o in whole.lowered.program.outputs]
     assert all("//" not in s for s in shapes), "N*T*8//8 is N*T"
-    assert [s.name for s in whole.lowered.program.steps] == ["transpose"], "a reshape is a name"
+    steps = [s.name.partition("_")[0] for s in whole.lowered.program.steps]
+    assert steps == ["transpose"], "a reshape is a name"
 
 
 def test_sizes_of_new_tensors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,15 @@ import tvm
 from onnx import TensorProto, helper, numpy_helper
 
 from dccompile import machine, pipeline
-from dccompile.generic import legalize, stack
+from dccompile.cache import Cache
 
-KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+KINDS = {
+    "float32": TensorProto.FLOAT,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+    "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+}
 
 
 def ints(*values: int) -> np.ndarray:
@@ -78,7 +86,10 @@ class Whole:
         self.front = pipeline.front(model, shapes, "keep")
         constants = pipeline.Constants()
         self.lowered = pipeline.lower(self.front, machine.host(), constants)
-        self.library = stack.build(self.lowered.mod, legalize.target_of(machine.host()))
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "library.so"
+            pipeline.generate([self.lowered], [library], Cache(None))
+            self.library = tvm.runtime.load_module(str(library))
         params = np.zeros(constants.size + 1, np.uint8)
         for (_, array), at in zip(constants.arrays, constants.offsets.values(), strict=True):
             assert isinstance(array, np.ndarray)
@@ -107,8 +118,15 @@ class Whole:
             at = end
         workspace = tvm.runtime.tensor(np.full(max(sizes[0], 1), 0xFF, np.uint8))
         inputs = [tvm.runtime.tensor(feeds[v.name]) for v in self.front.graph.inputs]
-        self.library["main"](*inputs, *outputs, self.params, workspace)
-        return [o.numpy() for o in outputs]
+        sized = bool(self.lowered.program.told())
+        told = [tvm.runtime.tensor(np.full(len(sizes) - 1, -1))] if sized else []
+        self.library["main"](*inputs, *outputs, *told, self.params, workspace)
+        if not sized:
+            return [o.numpy() for o in outputs]
+        dims = told[0].numpy().tolist()
+        shapes = [[dims.pop(0) for _ in t.shape] for t in self.lowered.program.outputs]
+        rows = zip(outputs, shapes, strict=True)
+        return [o.numpy().reshape(-1)[: np.prod(s, dtype=int)].reshape(s) for o, s in rows]
 
     def agrees(self, **feeds: np.ndarray) -> None:
         want = self.session.run(None, feeds)

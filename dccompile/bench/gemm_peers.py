@@ -7,14 +7,14 @@ fp16 weights. None of them fuses fewer operations than the workload asks for.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..workload import Gemm, GemmWeights
-from .peers import PEERS, PeerError, Prepared, aligned, one_line
+from .operators import guarded, onnx_model, quantized_engine, torch_run
+from .peers import PEERS, PeerError, Prepared, aligned
 
 # Scales of A and of the output. Powers of two, so that b_scale = scale * Y / A and every way to
 # associate a_scale * b_scale / y_scale give the same float.
@@ -51,18 +51,7 @@ def prepare(
         raise PeerError("benches compare plain and requantized products only")
     if workload.a != "f32" and workload.out not in ("u8", "s8"):
         raise PeerError("benches compare integer products with an integer output only")
-    peer = PEERS[name.partition("-")[0]]
-    reason = peer.available()
-    if reason:
-        raise PeerError(reason)
-    try:
-        with warnings.catch_warnings():  # torch announces the end of its quantized tensors
-            warnings.simplefilter("ignore", UserWarning)
-            return makers[name](workload, weights, a, threads)
-    except PeerError:
-        raise
-    except Exception as error:  # whatever the peer throws is its answer
-        raise PeerError(one_line(error)) from error
+    return guarded(name, lambda: makers[name](workload, weights, a, threads))
 
 
 def _b_scale(weights: GemmWeights) -> np.ndarray:
@@ -71,18 +60,8 @@ def _b_scale(weights: GemmWeights) -> np.ndarray:
 
 
 def _model(nodes: list[Any], tensors: dict[str, np.ndarray], workload: Gemm, m: int) -> bytes:
-    from onnx import TensorProto, helper, numpy_helper
-
-    kinds = {"u8": TensorProto.UINT8, "s8": TensorProto.INT8, "f32": TensorProto.FLOAT}
-    graph = helper.make_graph(
-        nodes,
-        "gemm",
-        [helper.make_tensor_value_info("a", kinds[workload.a], [m, workload.k])],
-        [helper.make_tensor_value_info("y", kinds[workload.out], [m, workload.n])],
-        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
+    ends = ("a", workload.a, [m, workload.k]), ("y", workload.out, [m, workload.n])
+    return onnx_model(nodes, tensors, *ends)
 
 
 def _constants(workload: Gemm, weights: GemmWeights) -> dict[str, np.ndarray]:
@@ -140,29 +119,13 @@ def _openvino(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int)
     return PEERS["openvino"].prepare(model, {"a": a}, threads)
 
 
-def _torch_run(call: Callable[[], Any], read: Callable[[Any], Any], threads: int) -> Prepared:
-    import torch
-
-    torch.set_num_threads(threads)
-    last: list[Any] = []
-
-    def run() -> None:
-        last[:] = [call()]
-
-    with torch.inference_mode():
-        run()
-    return Prepared(run, lambda: [np.array(read(last[0]).numpy())])
-
-
 def _torch_quantized(engine: str) -> Maker:
     def make(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int) -> Prepared:
         import torch
 
         if (workload.a, workload.out) != ("u8", "u8"):
             raise PeerError("quantized linear takes and gives unsigned 8-bit activations only")
-        if engine not in torch.backends.quantized.supported_engines:
-            raise PeerError(f"this torch has no {engine} engine")
-        torch.backends.quantized.engine = engine
+        quantized_engine(engine)
         b = torch.from_numpy(np.ascontiguousarray(weights.b.T))
         scales = torch.from_numpy(_b_scale(weights).astype(np.float64))
         zeros = torch.zeros(workload.n, dtype=torch.int64)
@@ -173,9 +136,7 @@ def _torch_quantized(engine: str) -> Maker:
         x = torch.from_numpy(aligned(a))
         x = torch._make_per_tensor_quantized_tensor(x, _A_SCALE, weights.a_zero)
         linear, zero = torch.ops.quantized.linear, workload.zero_point
-        return _torch_run(
-            lambda: linear(x, packed, _Y_SCALE, zero), lambda y: y.int_repr(), threads
-        )
+        return torch_run(lambda: linear(x, packed, _Y_SCALE, zero), lambda y: y.int_repr(), threads)
 
     return make
 
@@ -185,14 +146,14 @@ def _torch_float(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: i
 
     b = torch.from_numpy(np.ascontiguousarray(weights.b.T.astype(np.float32)))
     x, linear = torch.from_numpy(aligned(a)), torch.nn.functional.linear
-    return _torch_run(lambda: linear(x, b), lambda y: y, threads)
+    return torch_run(lambda: linear(x, b), lambda y: y, threads)
 
 
 def _torch_fp16(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int) -> Prepared:
     import torch
 
-    torch.backends.quantized.engine = "fbgemm"
+    quantized_engine("fbgemm")
     b = torch.from_numpy(np.ascontiguousarray(weights.b.T.astype(np.float32)))
     packed = torch.ops.quantized.linear_prepack_fp16(b, None)
     x, linear = torch.from_numpy(aligned(a)), torch.ops.quantized.linear_dynamic_fp16
-    return _torch_run(lambda: linear(x, packed), lambda y: y, threads)
+    return torch_run(lambda: linear(x, packed), lambda y: y, threads)

@@ -1,127 +1,67 @@
 """``bench --kernels``: every kernel over the deployed shapes, against the peers' single operators.
 
 Two times are taken of our kernel in every round. `us`, Gop/s and % of peak come from a loop
-outside Python: the kernel alone. The ratios compare one Python call of ours with one Python call
-of the peer: both pay for their call. Nothing is subtracted; what a call of each costs by itself
-is measured on a 1x1x1 product and reported.
+outside Python: the kernel alone. A peer whose operator can be chained is compared with that: its
+time is that of a chain less that of one operator. Any other is called, and compared with one
+Python call of ours: both pay for their call. Nothing is subtracted; what a call of each costs by
+itself is measured on a tiny operator and reported. A row's peers say which `route` was theirs.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import importlib.resources
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from .. import reference, registry
+from .. import registry
 from ..console import Progress
-from ..errors import UsageError
+from ..errors import ScheduleError, UsageError
 from ..kernel import Kernel
 from ..machine import TARGETS, Machine, host, missing_features
 from ..runtime import ffi
-from ..workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
-from . import gemm_peers, measure
+from ..workload import NUMPY
+from . import measure
+from .conv_cases import Convs
+from .gemm_cases import Gemms
+from .kernel_means import summary
 from .peers import PeerError, compare
+from .suite import Case, Form, Suite
 
 OURS, CALL, PEAK = "kernel", "call", "peak"
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of workload: the types of A, B and C, and the bits that B uses."""
-
-    a: str
-    b: str
-    out: str
-    b_bits: int = 8
-
-    def __str__(self) -> str:
-        return f"{self.a}{'s7' if self.b_bits == 7 else self.b}->{self.out}"
-
-
-# What recommendation models run: requantized products, then the float forms.
-FORMS = (
-    Form("u8", "s8", "u8"),
-    Form("u8", "s8", "u8", b_bits=7),
-    Form("s8", "s8", "s8"),
-    Form("f32", "f32", "f32"),
-    Form("f32", "f16", "f32"),
-)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel on a machine and the form of workload to feed it."""
-
-    kernel: Kernel
-    machine: Machine
-    form: Form
-
-    def __str__(self) -> str:
-        return f"{self.kernel.name} {self.form}"
-
-
-def shapes() -> list[tuple[int, int, int]]:
-    """The deployed (m, n, k), largest innermost structure first as the set lists them."""
-    text = (importlib.resources.files("dccompile.models") / "shapes.json").read_text()
-    return [(m, n, k) for m, n, k in json.loads(text)["gemm"]]
-
-
-def workload(form: Form, m: int, n: int, k: int) -> Gemm:
-    """A requantized product or a plain float one."""
-    return Gemm(
-        m,
-        n,
-        k,
-        form.a,
-        form.b,
-        form.out,
-        b_bits=form.b_bits,
-        zero_point=3 if form.out == "u8" else 0,
-        bounded=form.a != "f32",  # scales of `problem` keep |y| far below 2**31
-    )
-
-
-def problem(work: Gemm, seed: int = 0) -> tuple[GemmWeights, np.ndarray]:
-    """Weights and A (m, k) whose outputs fill the range of the output type."""
-    assert work.m is not None
-    rng = np.random.default_rng([seed, work.m, work.n, work.k])
-    if work.a == "f32":
-        a = rng.standard_normal((work.m, work.k)).astype(np.float32)
-        return GemmWeights(rng.standard_normal((work.k, work.n)).astype(NUMPY[work.b])), a
-    low, high = INT8_LIMITS[work.a]
-    a = rng.integers(low, high + 1, (work.m, work.k)).astype(NUMPY[work.a])
-    reach = 64 if work.b_bits == 7 else 127
-    b = rng.integers(-reach, reach + 1, (work.k, work.n)).astype(np.int8)
-    # |a| is about 140 (u8) and |b| 0.58 reach in the mean square: codes deviate by about 30
-    spread = 30 / (140 * 0.58 * reach * np.sqrt(work.k))
-    scale = (rng.uniform(0.5, 1.5, work.n) * spread).astype(np.float32)
-    return GemmWeights(b, scale, a_zero=7 if work.a == "u8" else 0), a
+SUITES: tuple[Suite, ...] = (Gemms(), Convs())
 
 
 def cases(pattern: str | None, target: Machine | None) -> list[Case]:
-    """Kernels to bench: those of a glob, else those that this host would choose."""
-    machine = target or host()
-    if pattern is None:
-        chosen = []
-        for form in FORMS:
-            if form.b_bits == 8:
-                work = workload(form, 64, 512, 512)
-                chosen.append(Case(registry.select(work, machine).kernel, machine, form))
-        return chosen
-    known = [k for k in registry.kernels() if k.op == "gemm"]
-    found = [k for k in known if fnmatch.fnmatchcase(k.name, pattern)]
-    if not found:
-        names = ", ".join(k.name for k in known)
+    """Kernels to bench: those of a glob, else those that this host would choose.
+
+    A glob of no kernel but of families of shapes (``depthwise3d``) means those that this host
+    would choose for these. Of a glob's kernels those for convolutions get the shapes for which
+    the least machine that runs them would choose them.
+    """
+    known = [(suite, k) for suite in SUITES for k in registry.kernels() if k.op == suite.op]
+    if pattern is not None:
+        found = [(s, k) for s, k in known if fnmatch.fnmatchcase(k.name, pattern)]
+        if found:
+            return [case for suite, kernel in found for case in _of_kernel(suite, kernel, target)]
+    families = [(s, f) for s in SUITES for f in s.families]
+    wanted = [(s, f) for s, f in families if fnmatch.fnmatchcase(f, pattern or "*")]
+    if not wanted:
+        names = ", ".join([*(f for _, f in families), *(k.name for _, k in known)])
         raise UsageError(f"--kernels {pattern!r}: no such kernel. Fix: name some of {names}")
-    return [case for kernel in found for case in _forms(kernel, target)]
+    return [case for suite, family in wanted for case in _of_family(suite, family, target)]
 
 
-def _forms(kernel: Kernel, target: Machine | None) -> Iterator[Case]:
+def _of_family(suite: Suite, family: str, target: Machine | None) -> Iterator[Case]:
+    """The kernels that the machine would choose for the shapes of a family."""
+    machine = target or host()
+    for form in suite.forms:
+        if form.b_bits == 8:
+            yield from _chosen(suite, family, form, machine, lambda kernel: True)
+
+
+def _of_kernel(suite: Suite, kernel: Kernel, target: Machine | None) -> Iterator[Case]:
     """The forms that the kernel takes, on the least machine that runs it."""
     fits = [m for m in TARGETS.values() if set(kernel.features) <= set(m.features)]
     machine = target if target in fits else fits[0]
@@ -131,12 +71,37 @@ def _forms(kernel: Kernel, target: Machine | None) -> Iterator[Case]:
             f"--kernels: {kernel.name} needs {machine.name}, this host lacks {', '.join(missing)}. "
             "Fix: name kernels that this host runs"
         )
-    for form in FORMS:
+    for form in suite.forms:
         shortcut = form.b_bits == 7  # of interest only to the kernels that exist for it
         if shortcut and "s7" not in kernel.name:
             continue
-        if kernel.refuses(workload(form, 64, 512, 512)) is None:
-            yield Case(kernel, machine, form)
+        for family in suite.families:
+            if suite.op == "conv":
+                yield from _chosen(suite, family, form, machine, lambda k: k is kernel)
+                continue
+            taken = [
+                shape
+                for shape in suite.shapes(family)
+                if kernel.refuses(suite.workload(form, shape)) is None
+            ]
+            if taken:
+                yield Case(suite, kernel, machine, form, family, tuple(taken))
+
+
+def _chosen(
+    suite: Suite, family: str, form: Form, machine: Machine, wanted: Callable[[Kernel], bool]
+) -> Iterator[Case]:
+    """The kernels that are chosen for a family's shapes, each with those."""
+    found: dict[Kernel, list[tuple[int, ...]]] = {}
+    for shape in suite.shapes(family):
+        try:
+            kernel = registry.select(suite.workload(form, shape), machine).kernel
+        except ScheduleError:  # the machine has no kernel for it
+            continue
+        if wanted(kernel):
+            found.setdefault(kernel, []).append(shape)
+    for kernel, shapes in found.items():
+        yield Case(suite, kernel, machine, form, family, tuple(shapes))
 
 
 def run(
@@ -149,67 +114,59 @@ def run(
 ) -> dict[str, Any]:
     """Benches all cases over all shapes; returns rows, geometric means and call overheads."""
     rows = []
-    todo = [(case, shape) for case in benched for shape in shapes()]
+    todo = [(case, shape) for case in benched for shape in case.shapes]
     for index, (case, shape) in enumerate(todo):
-        progress.step(f"{case.kernel.name} {'x'.join(map(str, shape))}", index + 1, len(todo))
+        progress.step(f"{case.kernel.name} {case.suite.label(shape)}", index + 1, len(todo))
         rows.append(bench_one(case, shape, threads, duration_s, warmup_s, against))
-    overhead = {}
+    overhead: dict[str, dict[str, float]] = {}
     for case in benched:
-        row = bench_one(case, (1, 1, 1), threads, 0.2, 0.02, against)
-        times = {name: peer["us"] for name, peer in row["peers"].items() if "us" in peer}
-        overhead[str(case)] = {"ours": row["call"]["us"], **times}
-    return {"rows": rows, "geometric_means": summary(rows), "call_overhead_us": overhead}
+        if str(case) not in overhead:
+            overhead[str(case)] = _overhead(case, threads, against)
+    return {"rows": rows, **summary(rows), "call_overhead_us": overhead}
+
+
+def _overhead(case: Case, threads: int, against: list[str] | None) -> dict[str, float]:
+    """Microseconds of one call of next to nothing, by each."""
+    work = case.suite.tiny(case.form)
+    kernel = case.kernel
+    if kernel.refuses(work) is not None:
+        kernel = registry.select(work, case.machine).kernel
+    _, found, times = _timed(case.suite, kernel, case.machine, work, threads, 0.2, 0.02, against, 1)
+    peers = {name: times[name].us for name in found if name in times}
+    return {"ours": round(times[CALL].us, 3), **{n: round(us, 3) for n, us in peers.items()}}
 
 
 def bench_one(
     case: Case,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     threads: int,
     duration_s: float,
     warmup_s: float,
     against: list[str] | None,
 ) -> dict[str, Any]:
     """One row: ours checked against the reference, then timed in turns with peers and peak."""
-    work = workload(case.form, *shape)
-    weights, a = problem(work)
-    expected = reference.gemm(work, weights, a)
     kernel, machine = case.kernel, case.machine
-    params = kernel.default(work, machine)
-    module, args, result = _compiled(kernel, work, weights, a, params, machine)
-    ffi.configure_threads(threads)
-    function = module["gemm"]
-    function(*args)
-    agreement = compare([result()], [expected])
-    peak = (measure.fma_peak if work.a == "f32" else measure.int8_peak)(machine, threads)
-    runners: dict[str, measure.Runner] = {
-        OURS: measure.kernel_loop(module, "gemm", args),
-        CALL: lambda: function(*args),
-        PEAK: peak.loop,
-    }
-    found: dict[str, dict[str, Any]] = {}
-    for name in gemm_peers.names(work):
-        if against is not None and name.partition("-")[0] not in against:
-            continue
-        try:
-            peer = gemm_peers.prepare(name, work, weights, a, threads)
-            runners[name] = peer.call
-            found[name] = {"difference": compare(peer.outputs(), [expected])}
-        except PeerError as error:
-            found[name] = {"reason": str(error)}
-    times = measure.interleave(runners, duration_s, warmup_s, threads)
+    work = case.suite.workload(case.form, shape)
+    agreement, found, times = _timed(
+        case.suite, kernel, machine, work, threads, duration_s, warmup_s, against, None
+    )
     for name, entry in found.items():
         if name in times:
-            entry.update(times[name].to_json())
-            entry["ratio"] = round(measure.ratio(times[name], times[CALL]), 4)
-    ratios = [entry["ratio"] for entry in found.values() if "ratio" in entry]
+            _compare(name, entry, times)
+    peak = _peak(work, machine, threads)
+    same = {name: entry for name, entry in found.items() if entry.get("agrees")}
+    best = min(same, key=lambda name: same[name]["ratio"], default=None)
     share = measure.ratio(times[PEAK], times[OURS]) * work.ops / peak.ops
     return {
         "kernel": kernel.name,
         "form": str(case.form),
         "machine": machine.name,
+        "family": case.family,
         "shape": list(shape),
+        "label": case.suite.label(shape),
+        "large": case.suite.large(shape),
         "threads": threads,
-        "params": str(params),
+        "params": str(kernel.default(work, machine)),
         "correct": _correct(agreement),
         "difference": agreement,
         **times[OURS].to_json(),
@@ -219,58 +176,112 @@ def bench_one(
         "peak_instruction": peak.instruction,
         "peak_share": round(share, 4),
         "peers": found,
-        "best_ratio": min(ratios, default=None),
+        "best_peer": best,
+        "best_ratio": None if best is None else same[best]["ratio"],
     }
+
+
+def _timed(
+    suite: Suite,
+    kernel: Kernel,
+    machine: Machine,
+    work: Any,
+    threads: int,
+    duration_s: float,
+    warmup_s: float,
+    against: list[str] | None,
+    layers: int | None,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, measure.Samples]]:
+    """Our difference to the reference, the peers' or their reasons, and all times.
+
+    `layers` overrides the suite's length of chains. A chain of n has its time at "<peer> x n".
+    """
+    weights, a = suite.problem(work)
+    expected = suite.reference(work, weights, a)
+    params = kernel.default(work, machine)
+    module, args, result = _compiled(kernel, work, weights, a, params, machine, expected.shape)
+    ffi.configure_threads(threads)
+    function = module[suite.op]
+    function(*args)
+    agreement = compare([result()], [expected])
+    runners: dict[str, measure.Runner] = {
+        OURS: measure.kernel_loop(module, suite.op, args),
+        CALL: lambda: function(*args),
+        PEAK: _peak(work, machine, threads).loop,
+    }
+    found: dict[str, dict[str, Any]] = {}
+    prepared = {}  # owns the memory that the peers borrow
+    for name in suite.peers(work):
+        if against is not None and name.partition("-")[0] not in against:
+            continue
+        count = layers or suite.layers(work, name)
+        routes = {name: 1} | ({f"{name} x {count}": count} if count > 1 else {})
+        try:
+            ready = {
+                route: suite.prepare(name, work, weights, a, threads, length)
+                for route, length in routes.items()
+            }
+        except PeerError as error:
+            found[name] = {"reason": str(error)}
+            continue
+        difference = compare(ready[name].outputs(), [expected])
+        found[name] = {"difference": difference, "layers": count}
+        prepared.update(ready)
+    runners.update({route: peer.call for route, peer in prepared.items()})
+    return agreement, found, measure.interleave(runners, duration_s, warmup_s, threads)
+
+
+def _compare(name: str, entry: dict[str, Any], times: dict[str, measure.Samples]) -> None:
+    """Adds to a peer's entry whether it agrees, its time, by which route, and its ratio to ours."""
+    one, count = times[name], entry.pop("layers")
+    entry["agrees"] = agrees(entry["difference"])
+    if count > 1:
+        chain = times[f"{name} x {count}"]
+        alone = measure.Samples((chain.ns - one.ns) / (count - 1), chain.inner)
+        if alone.us > 0:  # not so where the machine is too busy to tell one call from a chain
+            entry.update(alone.to_json(), route=f"chain of {count}", call=one.to_json())
+            entry["ratio"] = round(measure.ratio(alone, times[OURS]), 4)
+            return
+    entry.update(one.to_json(), route="call")
+    entry["ratio"] = round(measure.ratio(one, times[CALL]), 4)
+
+
+def _peak(work: Any, machine: Machine, threads: int) -> measure.Peak:
+    return (measure.fma_peak if work.a == "f32" else measure.int8_peak)(machine, threads)
+
+
+def agrees(difference: dict[str, Any]) -> bool:
+    """Whether a peer computed the same, within a step of its integers: else it is no peer.
+
+    FBGEMM's depthwise convolutions are off by tens of steps with weights of 8 bits: its sums of
+    two products saturate at 16 bits.
+    """
+    close = difference.get("steps", 0) <= 1 and difference.get("relative", 0.0) < 1e-4
+    return close and "shape" not in difference
 
 
 def _correct(difference: dict[str, Any]) -> bool:
     """Integers must be exact; float sums may be associated differently."""
-    return difference.get("steps", 0) == 0 and difference.get("relative", 0.0) < 1e-5
+    close = difference.get("steps", 0) == 0 and difference.get("relative", 0.0) < 1e-5
+    return close and "shape" not in difference
 
 
 def _compiled(
-    kernel: Kernel, work: Gemm, weights: GemmWeights, a: np.ndarray, params: Any, machine: Machine
+    kernel: Kernel,
+    work: Any,
+    weights: Any,
+    a: np.ndarray,
+    params: Any,
+    machine: Machine,
+    shape: tuple[int, ...],
 ) -> tuple[Any, tuple[Any, ...], Any]:
-    """The kernel alone: its module with function 'gemm', its arguments, a reader of C."""
+    """The kernel alone: its module with a function of the operator's name, its arguments, a
+    reader of C, which has `shape`.
+    """
     import tvm
 
-    func = kernel.build(work, params, machine).with_attr("global_symbol", "gemm")
+    func = kernel.build(work, params, machine).with_attr("global_symbol", kernel.op)
     module = measure.build(func, machine)
-    c = tvm.runtime.tensor(np.zeros((len(a), work.n), NUMPY[work.out]))
+    c = tvm.runtime.tensor(np.zeros(shape, NUMPY[work.out]))
     packed = tvm.runtime.tensor(kernel.pack(work, weights, params))
     return module, (tvm.runtime.tensor(a), packed, c), c.numpy
-
-
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means per kernel and form: % of peak where M >= 10, N, K >= 256; ratios; best."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["kernel"], row["form"], row["machine"]), []).append(row)
-    means = []
-    for (kernel, form, machine), members in groups.items():
-        large = [r for r in members if r["shape"][0] >= 10 and min(r["shape"][1:]) >= 256]
-        names = [n for n in members[0]["peers"] if any("ratio" in r["peers"][n] for r in members)]
-        best = [r["best_ratio"] for r in members if r["best_ratio"] is not None]
-        means.append(
-            {
-                "kernel": kernel,
-                "form": form,
-                "machine": machine,
-                "shapes": len(members),
-                "peak_share_large": _mean([r["peak_share"] for r in large]),
-                "peak_share_large_min": min((r["peak_share"] for r in large), default=None),
-                "ratio": {
-                    n: _mean([r["peers"][n]["ratio"] for r in members if "ratio" in r["peers"][n]])
-                    for n in names
-                },
-                "best": _mean(best),
-                "best_large": _mean([r["best_ratio"] for r in large if r["best_ratio"]]),
-                "best_min": min(best, default=None),
-                "faster": sum(r > 1 for r in best),
-            }
-        )
-    return means
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(measure.geometric_mean(values), 4) if values else None

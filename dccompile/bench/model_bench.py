@@ -24,6 +24,9 @@ OURS, CALL = "dccompile", "dccompile m(x)"
 # Outputs of one model on two runtimes: float sums associate differently, and a code of a
 # quantized layer that falls on the other side of a tie moves everything behind it.
 FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-3, 5e-2
+# The largest of half a million differences is no measure: ONNX Runtime and OpenVINO differ by 0.06
+# of the features of the ShuffleNet at the root mean square, by 0.08 of the range at the worst.
+INT8_RMS_TOLERANCE = 0.1
 
 
 def run(
@@ -113,7 +116,7 @@ def _bench(
     quantized = any(value.dtype.kind in "iu" for value in first) or _is_quantized(path)
     for name, ready in prepared.items():
         ready.call()
-        difference = compare(first, ready.outputs())
+        difference = _difference(source, first, ready.outputs())
         results[name] = {"difference": difference, "agrees": agrees(difference, quantized)}
         runners[name] = ready.call
     times = measure.interleave(runners, duration_s, warmup_s, threads)
@@ -156,35 +159,35 @@ def _is_quantized(path: Path) -> bool:
 
 
 def _prepare(peer: Peer, source: Source, feeds: Mapping[str, np.ndarray], threads: int) -> Prepared:
-    if isinstance(peer, Torch) and source.kind == "reference":
-        from ..models import dlrm
+    if isinstance(peer, Torch) and source.kind == "reference" and peer.available() is None:
+        from .. import models
 
-        if source.name in dlrm.CONFIGS and peer.available() is None:
-            return peer.prepare_module(_torch_module(source), feeds, threads)
+        module = models.definition(source.name, source.seed)
+        if module is not None:
+            return peer.prepare_module(module, feeds, threads)
     return peer.prepare(source.onnx(), feeds, threads)
 
 
-def _torch_module(source: Source) -> Any:
-    """The PyTorch definition of a float reference model with the weights of its ONNX form."""
-    import torch
-    from onnx import numpy_helper
+def _difference(source: Source, ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, Any]:
+    if source.kind == "reference":
+        from .. import models
 
-    from ..models import dlrm, export
-
-    module = dlrm.module(dlrm.CONFIGS[source.name])
-    wanted = dict(module.named_parameters())
-    tensors = export(source.name, source.seed).graph.initializer
-    found = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in tensors}
-    module.load_state_dict({name: found[name] for name in wanted}, strict=False)
-    return module
+        ours, theirs = models.matched(source.name, ours, theirs)
+    return compare(ours, theirs)
 
 
 def agrees(difference: Mapping[str, Any], quantized: bool) -> bool:
-    """Whether two runtimes computed the same: integers within a step, floats within tolerance."""
+    """Whether two runtimes computed the same: integers within a step, floats within tolerance.
+
+    Floats of a quantized model: the largest difference, or the root mean square of all.
+    """
     if "shape" in difference:
         return False
+    if difference.get("steps", 0) > 1:
+        return False
     tolerance = INT8_TOLERANCE if quantized else FLOAT_TOLERANCE
-    return difference.get("steps", 0) <= 1 and difference.get("relative", 0.0) <= tolerance
+    near = difference.get("relative", 0.0) <= tolerance
+    return near or (quantized and difference.get("rms", np.inf) <= INT8_RMS_TOLERANCE)
 
 
 def call_overhead(duration_s: float, progress: Progress) -> dict[str, Any]:

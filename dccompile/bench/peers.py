@@ -266,7 +266,8 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, Any]:
     """How far two lists of outputs are apart.
 
     Integers: `steps`, the largest difference. Floats: `relative`, the largest difference over the
-    largest magnitude of the other side. `shape` names the first pair of different shapes.
+    largest magnitude of the other side, and `rms`, the same of root mean squares. `shape` names the
+    first pair of different shapes.
     """
     if len(ours) != len(theirs):
         return {"shape": f"{len(ours)} outputs against {len(theirs)}"}
@@ -282,9 +283,14 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, Any]:
         else:
             x, y = a.astype(np.float64), b.astype(np.float64)
             same = (x == y) | (np.isnan(x) & np.isnan(y))
-            gap = float(np.max(np.where(same, 0.0, np.abs(x - y))))
-            scale = float(np.max(np.abs(y[np.isfinite(y)]), initial=0.0))
-            relative = gap / scale if scale else gap
-            relative = float("inf") if np.isnan(relative) else relative
-            found["relative"] = max(relative, found.get("relative", 0.0))
+            gaps = np.where(same, 0.0, np.abs(x - y))
+            finite = y[np.isfinite(y)]
+            sizes = {
+                "relative": (np.max(gaps), np.max(np.abs(finite), initial=0.0)),
+                "rms": (np.linalg.norm(gaps), np.linalg.norm(finite)),
+            }
+            for key, (gap, scale) in sizes.items():
+                value = float(gap / scale if scale else gap)
+                value = float("inf") if np.isnan(value) else value
+                found[key] = max(value, found.get(key, 0.0))
     return found

@@ -32,15 +32,16 @@ def bench(options: Options) -> int:
 
 def _model(options: Options, threads: list[int]) -> int:
     source = sources.resolve(options.model, options.seed)
+    batches = sources.parse_counts(options.batch or ["1"], "--batch")
     with Progress(options.quiet) as progress:
         result = benches.run(
             source,
             targets=options.target or ["host"],
-            shapes=source.shapes(options.shape),
+            shapes=source.shapes(options.shape, batches),
             precision=options.precision,
             embedding=options.embedding,
             inputs=options.input,
-            batches=sources.parse_counts(options.batch or ["1"], "--batch"),
+            batches=batches,
             threads=threads,
             peers=parse(options.against) if options.against else [],
             duration_s=sources.parse_seconds(options.duration or "3s"),
@@ -134,7 +135,7 @@ def _kernels(options: Options, threads: list[int]) -> int:
     rows = [row for result in results for row in result["rows"]]
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
-        places = ", ".join(f"{r['kernel']} {'x'.join(map(str, r['shape']))}" for r in wrong[:5])
+        places = ", ".join(f"{r['kernel']} {_shape(r)}" for r in wrong[:5])
         raise Error(f"{len(wrong)} of {len(rows)} rows are wrong: {places}. Fix: report", "DC5000")
     if bags:
         ratios = [p["ratio"] for row in rows for p in row["peers"].values() if p.get("ratio")]
@@ -144,6 +145,10 @@ def _kernels(options: Options, threads: list[int]) -> int:
     best = None if None in means else min(means, default=None)
     _gate(best, options.fail_below, "bench --kernels, geometric mean")
     return 0
+
+
+def _shape(row: dict[str, Any]) -> str:
+    return str(row.get("label") or "x".join(map(str, row["shape"])))
 
 
 def _kernel_tables(result: dict[str, Any]) -> None:
@@ -157,34 +162,47 @@ def _kernel_tables(result: dict[str, Any]) -> None:
                 row["kernel"],
                 row["form"],
                 row["machine"],
-                "x".join(map(str, row["shape"])),
+                _shape(row),
                 f"{row['us']:.2f} [{row['p20']:.2f}, {row['p80']:.2f}]",
                 row["gops"],
                 round(100 * row["peak_share"], 1),
                 *(r and round(r, 2) for r in ratios),
                 row["best_ratio"] and round(row["best_ratio"], 2),
+                _route(row),
                 "" if row["correct"] else f"WRONG: {difference_text(row['difference'])}",
             )
         )
     headers = ("kernel", "form", "machine", "shape", "us [p20, p80]", "Gop/s", "% peak")
     out(f"threads: {result['threads']}; ratios: time of the peer by ours, above 1 ours is faster")
-    table((*headers, *(f"vs-{name}" for name in names), "vs-best", ""), table_rows)
+    versus = (*(f"vs-{name}" for name in names), "vs-best")
+    table((*headers, *versus, "timed by", ""), table_rows)
     out()
-    _mean_table(result["geometric_means"], names)
-    out()
-    out("one call of a 1x1x1 product, us: what each pays beside the kernel")
+    means = [("kernel", result["geometric_means"])]
+    if len(result["family_means"]) < len(result["geometric_means"]):
+        means.append(("family", result["family_means"]))
+    for title, found in means:
+        _mean_table(title, found, names)
+        out()
+    out("timed by chain: the kernel alone, ours too; by call: one call from Python of each")
+    out("one call of a tiny operator, us: what each pays beside the kernel")
     for label, times in result["call_overhead_us"].items():
         out(f"  {label}: " + ", ".join(f"{name} {us:.1f}" for name, us in times.items()))
     _reasons(rows)
 
 
-def _mean_table(means: list[dict[str, Any]], names: list[str]) -> None:
+def _route(row: dict[str, Any]) -> str:
+    """How the best peer was timed."""
+    best = row["best_peer"]
+    return "" if best is None else str(row["peers"][best]["route"])
+
+
+def _mean_table(title: str, means: list[dict[str, Any]], names: list[str]) -> None:
     rows = []
     for mean in means:
         shares = [mean["peak_share_large"], mean["peak_share_large_min"]]
         rows.append(
             (
-                f"{mean['kernel']} {mean['form']}",
+                f"{mean.get('kernel', mean['machine'])} {mean['form']} {mean['family']}",
                 *(share and round(100 * share, 1) for share in shares),
                 *(mean["ratio"].get(name) for name in names),
                 mean["best"],
@@ -193,9 +211,9 @@ def _mean_table(means: list[dict[str, Any]], names: list[str]) -> None:
                 f"{mean['faster']} of {mean['shapes']}",
             )
         )
-    headers = ("geometric mean", "% peak*", "least", *(f"vs-{name}" for name in names))
+    headers = (f"geometric mean, {title}", "% peak*", "least", *(f"vs-{name}" for name in names))
     table((*headers, "vs-best", "vs-best*", "least", "faster"), rows)
-    out("* over the shapes with M >= 10 and N, K >= 256")
+    out("* of products those with M >= 10 and N, K >= 256; convolutions count taps in the padding")
 
 
 def _reasons(rows: list[dict[str, Any]]) -> None:
@@ -205,8 +223,8 @@ def _reasons(rows: list[dict[str, Any]]) -> None:
         for name, peer in row["peers"].items():
             if "reason" in peer:
                 seen[f"  {name}, {row['form']}: {peer['reason']}"] = None
-            elif peer["difference"].get("steps", 0) > 1 or "shape" in peer["difference"]:
-                shape = "x".join(map(str, row["shape"]))
+            elif not peer["agrees"]:
+                shape = _shape(row)
                 text = difference_text(peer["difference"])
                 seen[f"  {name}, {row['form']} {shape}: differs from the reference, {text}"] = None
     for line in seen:

@@ -115,7 +115,9 @@ def parser() -> _Parser:
         nargs="?",
         const="",
         metavar="GLOB",
-        help="kernels over the deployed shapes: gemm_* (default) or embedding_bag_*",
+        help="kernels over the deployed shapes: of gemm_*, conv_*, groupconv_*, depthwise_* or "
+        "embedding_bag_*, or those chosen for gemm, conv2d, groupconv2d, depthwise2d, depthwise3d "
+        "(default: all of these)",
     )
     what.add_argument("--overhead", action="store_true", help="what a call of a tiny model costs")
     add.add_argument("--against", metavar="PEERS", help="onnxruntime,openvino,torch,tvm")

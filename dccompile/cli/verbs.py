@@ -210,7 +210,7 @@ def _memory_line(variant: dict[str, Any]) -> str:
 
 
 def doctor(options: Options) -> int:
-    from .. import linker
+    from .. import cache, linker
     from ..bench.peers import PEERS
     from ..environment import thread_source
     from ..machine import TARGETS, missing_features
@@ -219,12 +219,19 @@ def doctor(options: Options) -> int:
     targets = {name: missing_features(m.features) for name, m in TARGETS.items()}
     peers = {n: {"version": p.version, "reason": p.available()} for n, p in PEERS.items()}
     command = linker.find()
+    folder = cache.folder()
+    kept = cache.Cache(folder).usage()
     if options.json:
         body = {
             "targets": {n: {"runs": not lacks, "lacks": lacks} for n, lacks in targets.items()},
             "threads_from": thread_source(),
             "peers": peers,
             "linker": command,
+            "cache": {
+                "folder": folder and str(folder),
+                "entries": kept.entries,
+                "bytes": kept.nbytes,
+            },
         }
         document("doctor", {"environment": info, **body})
         return 0
@@ -237,6 +244,7 @@ def doctor(options: Options) -> int:
         *((name, version or "not installed") for name, version in info["versions"].items()),
         *((f"peer {n}", p["reason"] or f"found, {p['version']}") for n, p in peers.items()),
         ("linker", " ".join(command) if command else "none found (pip install ziglang)"),
+        ("cache", f"{folder}: {kept.entries} functions, {_size(kept.nbytes)}" if folder else "off"),
     ]
     table(("", "found"), rows)
     return 0
@@ -274,6 +282,8 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
 def _step(event: dict[str, Any]) -> str:
     """A progress event of the compiler as a line."""
     target = f" for {event['target']}" if event.get("target") else ""
+    if "functions" in event:
+        target = f" {event['functions']} functions, {event['cached']} more are in the cache"
     return f"compile: {event.get('step', '')}{target}"
 
 

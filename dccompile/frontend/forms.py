@@ -115,7 +115,7 @@ def static(*dims: Shape) -> bool:
     return all(isinstance(dim, int) for part in dims for dim in part)
 
 
-def set_attribute(node: NodeProto, name: str, value: int | list[int]) -> None:
+def set_attribute(node: NodeProto, name: str, value: int | str | list[int]) -> None:
     drop_attribute(node, name)
     node.attribute.append(helper.make_attribute(name, value))
 

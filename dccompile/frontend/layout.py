@@ -60,6 +60,8 @@ class _Pass(Windows):
             "Slice": self._slice,
             "Pad": self._pad,
             "Reshape": self._shuffle,
+            "Resize": self._spatial,
+            "RoiAlign": self._spatial,
             "Transpose": self._transpose,
         }
         for node in self.editor.nodes:
@@ -180,6 +182,18 @@ class _Pass(Windows):
         name = self.editor.add_constant(moved.astype(np.int64), f"{node.name}_pads")
         inputs = [self.as_last(x), name, *node.input[2:]]
         self.copy(node, inputs, [self.made(node.output[0])])
+        return True
+
+    def _spatial(self, node: NodeProto) -> bool:
+        """Operators that have a channels-last form: attribute `layout`, the rest as it is."""
+        x = node.input[0]
+        rank = self.rank(node.output[0])
+        if not self.is_last(x) or rank != self.rank(x) or not 3 <= rank <= 5:
+            return False
+        inputs = [self.as_last(x), *node.input[1:]]
+        new = self.copy(node, inputs, [self.made(node.output[0])])
+        new.op_type, new.domain = f"Dcc{node.op_type}", DOMAIN
+        set_attribute(new, "layout", "NHWC")
         return True
 
     def _shuffle(self, node: NodeProto) -> bool:

@@ -214,8 +214,7 @@ def _table(node: Node, x: Any, axis: Axis, mode: Mode) -> tuple[Any, Any]:
     if not weighted:
         return node.call(func, "resize_table", [x], places), None
     both = node.call(func, "resize_table", [x], [places, relax.TensorType(shape, "float32")])
-    found = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
-    return found[0], found[1]
+    return node.do(relax.TupleGetItem(both, 0)), node.do(relax.TupleGetItem(both, 1))
 
 
 RESIZE = {"Resize": Resize, "DccResize": Resize}

@@ -45,6 +45,14 @@ def relu(x: Any) -> Any:
     return tirx.Select(x < number(0, x), number(0, x), x)
 
 
+def rounded(x: Any) -> Any:
+    """A float that is rounded to its type before it is used.
+
+    LLVM makes one multiply-add of a product and the sum that it goes into, also through float64.
+    """
+    return tirx.call_llvm_pure_intrin(str(x.ty), "llvm.arithmetic.fence", x)
+
+
 def lowest(dtype: str) -> Any:
     """Below every number of a type: -inf where it has one."""
     if dtype.startswith("float"):

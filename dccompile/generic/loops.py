@@ -11,7 +11,7 @@ from tvm import sym, tirx
 from tvm.tirx.script import builder as T
 
 from ..machine import Machine
-from .lanes import Lanes, Memory, loads, static, stride, uses, walk
+from .lanes import Lanes, Memory, loads, local, static, stride, uses, walk
 from .stages import Iter, Nest, bare_use, heavy, renamed
 
 SYMBOLIC = 32  # iterations assumed of a loop whose extent is known only at run time
@@ -109,12 +109,32 @@ class Loops:
         return max(4, registers * self.machine.bits // 8 // max(sizes))
 
     def store(self, nest: Nest, at: Lanes) -> None:
+        if any(str(o.value.ty) == "int64" for o in nest.outs):
+            at = self.counted(nest, at)
         values = [at.wide(o.value) for o in nest.outs]
         if len(values) > 1:
             values = [at.bind(v) for v in values]
         for out, value in zip(nest.outs, values, strict=True):
             buffer, index = self.memory.at(out.buffer, out.indices)
             self.put(buffer, index, value, at)
+
+    def counted(self, nest: Nest, at: Lanes) -> Lanes:
+        """The same with loop variables that are stored as numbers read from registers.
+
+        TVM narrows a loop variable of few values to int32, and a vector of it as well, which it
+        then stores into the int64 buffer as it is.
+        """
+
+        def slot(value: Any) -> Any:
+            buffer = local(1, str(value.ty))
+            T.buffer_store(buffer, value, [0])
+            return buffer[0]
+
+        env = {v: slot(e) if bare_use(nest, v) else e for v, e in at.env.items()}
+        start = at.start
+        if at.variable is not None and bare_use(nest, at.variable):
+            start = slot(start)
+        return Lanes(self.memory, env, at.variable, start, at.count, at.hook)
 
     def put(self, buffer: Any, index: Any, value: Any, at: Lanes) -> None:
         point = Lanes(self.memory, at.point)

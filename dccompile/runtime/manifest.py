@@ -41,11 +41,13 @@ def check_manifest(manifest: Any, error: Callable[[str], Exception]) -> None:
     need(manifest.get("format") == FORMAT, f"format {str(manifest.get('format'))[:40]}")
 
     symbols = listed(manifest, "symbols")
-    names = named(symbols, "name", "symbols")
+    named(symbols, "name", "symbols")
     for row in symbols:
         most = row.get("max")
         good = natural(row.get("min")) and (most is None or natural(most))
         need(good and (most is None or row["min"] <= most), f"the range of symbol {row['name']!r}")
+        need(type(row.get("computed", False)) is bool, f"whether {row['name']!r} is computed")
+    inputs = {row["name"] for row in symbols if not row.get("computed")}
 
     seen: set[str] = set()
     for side in ("inputs", "outputs"):
@@ -58,12 +60,12 @@ def check_manifest(manifest: Any, error: Callable[[str], Exception]) -> None:
             need(len(shape) <= _MAX_RANK, f"the rank of {what}")
             for dim in shape:
                 if isinstance(dim, str):
-                    need(side == "outputs" or dim in names, f"a dimension of {what}: {dim[:40]!r}")
+                    need(side == "outputs" or dim in inputs, f"a dimension of {what}: {dim[:40]!r}")
                     seen |= {dim} if side == "inputs" else set()
                 else:
                     need(natural(dim), f"a dimension of {what}")
     need(bool(manifest["outputs"]), "no outputs")
-    need(seen == set(names), "a symbol that no input has")
+    need(seen == inputs, "a symbol that no input has")
 
     entries = manifest.get("entries")
     need(isinstance(entries, dict), "'entries' is no object")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,20 @@ import numpy as np
 
 from ..errors import InputError, UsageError
 from . import ffi
-from .outputs import Outputs, outputs_class
+from .outputs import Outputs, cut, outputs_class
 from .signature import Plan, Signature, translate
-from .tensors import ALIGN, Foreign, TensorSpec, admit, aligned, empty, exporter, ndarray, uint8
+from .tensors import (
+    ALIGN,
+    Foreign,
+    TensorSpec,
+    admit,
+    aligned,
+    empty,
+    exporter,
+    int64,
+    ndarray,
+    uint8,
+)
 
 _KEEP = 1 << 30  # bytes of workspace or staging that a thread keeps for its next call
 _MAX_SHAPES = 1024
@@ -108,7 +120,7 @@ class Module:
             handles.append(dlpack(x))
         key = tuple(shapes)
         plan = self._shapes.get(key)
-        if plan is None or plan.empty or out is not None:
+        if plan is None or plan.general or out is not None:
             return self._general(args, out)
         scratch = self._scratch
         for i, handle in enumerate(handles):
@@ -160,7 +172,8 @@ class Module:
             if name in side or (name in self._names and name in results):
                 raise InputError(f"'{name}' is not one buffer; use bind(inputs, outputs)", "DC2101")
             side[name] = value
-        return Bound(self, *self._prepare(self._arrange((feeds,), {}), out, keep=True))
+        call = self._prepare(self._arrange((feeds,), {}), out, keep=True)
+        return (Bound if call.sizes is None else _SizedBound)(self, call)
 
     # The general way, which every check and every kind of tensor takes
 
@@ -202,13 +215,8 @@ class Module:
             raise InputError(f"no output is called {name!r}; the outputs are {wanted}", "DC2101")
         return index
 
-    def _prepare(
-        self, args: tuple[Any, ...], out: Mapping[str, Any] | None, keep: bool
-    ) -> tuple[list[Any], list[Any], list[Any], list[Any], Any]:
-        """Handles for `main`, the outputs, copies to make before and after, the workspace.
-
-        `keep` gives buffers that are the call's own, instead of the thread's.
-        """
+    def _prepare(self, args: tuple[Any, ...], out: Mapping[str, Any] | None, keep: bool) -> _Call:
+        """What a call needs; `keep` gives buffers that are its own, instead of the thread's."""
         admitted = [
             admit("input", spec.name, spec, dtype, x)
             for spec, dtype, x in zip(self.inputs, self._dtypes, args, strict=True)
@@ -234,7 +242,8 @@ class Module:
         after: list[Any] = []
         used: list[Foreign] = []
         given = dict(out or {})
-        convert = exporter(args[0]) if args else None
+        sized = self._signature.sized
+        convert = exporter(args[0]) if args and not sized else None
         for spec, (shape, dtype, _) in zip(self.outputs, plan.outputs, strict=True):
             if spec.name not in given:
                 result = aligned(shape, dtype)
@@ -254,7 +263,22 @@ class Module:
             handles.append(handle)
         for name in given:
             self._output(name)
-        return handles, results, before, after, scratch.workspace(plan.workspace)
+        sizes = None
+        if sized:
+            sizes = aligned((sum(len(spec.shape) for spec in self.outputs),), int64)
+            handles.append(self._dlpack(sizes))
+        handles += [self._params, scratch.workspace(plan.workspace)]
+        return _Call(handles, results, before, after, sizes)
+
+    def _cut(self, call: _Call) -> list[Any]:
+        """The outputs as large as the call has told."""
+        assert call.sizes is not None
+        dims = call.sizes.tolist()
+        cuts = []
+        for spec, buffer in zip(self.outputs, call.results, strict=True):
+            shape, dims = dims[: len(spec.shape)], dims[len(spec.shape) :]
+            cuts.append(cut(buffer, shape))
+        return cuts
 
     def _check_output(
         self, spec: TensorSpec, target: Foreign, shape: tuple[int, ...], others: list[Foreign]
@@ -274,18 +298,42 @@ class Module:
     def _general(self, args: tuple[Any, ...], out: Mapping[str, Any] | None) -> Outputs:
         if out is not None and not isinstance(out, Mapping):
             raise InputError("out: expected a dict from output names to buffers", "DC2101")
-        handles, results, before, after, workspace = self._prepare(args, out, keep=False)
+        call = self._prepare(args, out, keep=False)
         if ffi.local.threads != self.threads:
             ffi.configure_threads(self.threads)
-        for target, source in before:
+        for target, source in call.before:
             target[...] = source
         try:
-            self._main(*handles, self._params, workspace)
+            self._main(*call.handles)
         except Exception as error:  # any class the compiled code chose
             raise translate(error) from None
-        for target, source in after:
+        for target, source in call.after:
             target[...] = source
+        if call.sizes is None:
+            return self._class(call.results)
+        convert = exporter(args[0]) if args else None
+        results = self._cut(call)
+        for i, (spec, buffer) in enumerate(zip(self.outputs, call.results, strict=True)):
+            if not out or spec.name not in out:
+                # a copy where less is left: what the caller keeps should not hold the rest
+                results[i] = results[i] if results[i] is buffer else results[i].copy()
+                results[i] = convert(results[i]) if convert else results[i]
         return self._class(results)
+
+
+@dataclass
+class _Call:
+    """Arguments of `main`, the outputs, copies to make before and after.
+
+    Where the model computes sizes, `sizes` receives the dims of all outputs, which are arrays of
+    the largest sizes.
+    """
+
+    handles: list[Any]
+    results: list[Any]
+    before: list[Any]
+    after: list[Any]
+    sizes: np.ndarray | None
 
 
 class Bound:
@@ -294,20 +342,12 @@ class Bound:
     The buffers belong to one call at a time: bind once for every thread that calls.
     """
 
-    def __init__(
-        self,
-        module: Module,
-        handles: list[Any],
-        results: list[Any],
-        before: list[Any],
-        after: list[Any],
-        workspace: Any,
-    ) -> None:
-        self.outputs = module._class(results)
+    def __init__(self, module: Module, call: _Call) -> None:
+        self.outputs = module._class(call.results)
         self._threads = module.threads
-        self._call = partial(module._main, *handles, module._params, workspace)
-        self._before = before
-        self._after = after
+        self._call = partial(module._main, *call.handles)
+        self._before = call.before
+        self._after = call.after
         self._busy = threading.Lock()
 
     def __call__(self) -> Outputs:
@@ -329,4 +369,18 @@ class Bound:
             raise translate(error) from None
         finally:
             self._busy.release()
+        return self.outputs
+
+
+class _SizedBound(Bound):
+    """Of a model that computes sizes: each call gives the part of the buffers that it filled."""
+
+    def __init__(self, module: Module, call: _Call) -> None:
+        super().__init__(module, call)
+        self._cut = partial(module._cut, call)
+        self._class = module._class
+
+    def __call__(self) -> Outputs:
+        super().__call__()
+        self.outputs = self._class(self._cut())
         return self.outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, KeysView, Sequence, ValuesView
+from math import prod
 from typing import Any, ClassVar
 
 
@@ -46,6 +47,13 @@ class Outputs(tuple):
 
 def outputs_class(names: Sequence[str]) -> type[Outputs]:
     return type("Outputs", (Outputs,), {"_index": {name: i for i, name in enumerate(names)}})
+
+
+def cut(buffer: Any, dims: Sequence[int]) -> Any:
+    """The row-major tensor of `dims` at the start of an array's memory, or of a torch tensor's."""
+    if tuple(buffer.shape) == tuple(dims):
+        return buffer
+    return buffer.reshape(-1)[: prod(dims)].reshape(dims)
 
 
 def _outputs(names: Sequence[str], values: Sequence[Any]) -> Outputs:

@@ -20,23 +20,29 @@ _MAX_PLANS = 1024
 class Plan:
     """One choice of the symbols: `workspace` in bytes, and what to allocate for every output.
 
-    `empty` tells that a tensor has no elements: numpy's strides for it need mending.
+    `general` sends the call the general way: a tensor has no elements, so that numpy's strides for
+    it need mending, or the call itself tells how much of the outputs it has filled.
     """
 
     workspace: int
     outputs: tuple[tuple[Shape, np.dtype, int], ...]
-    empty: bool
+    general: bool
 
 
 class Signature:
-    """Inputs, outputs and symbols of a manifest, with the compiled function that sizes a call."""
+    """Inputs, outputs and symbols of a manifest, with the compiled function that sizes a call.
+
+    `sized` tells that shapes of outputs have symbols that the model computes.
+    """
 
     def __init__(self, manifest: dict[str, Any], function: Any) -> None:
         self.inputs = tuple(_spec(row) for row in manifest["inputs"])
         self.outputs = tuple(_spec(row) for row in manifest["outputs"])
         self.input_dtypes = tuple(np.dtype(spec.dtype) for spec in self.inputs)
         self.output_dtypes = tuple(np.dtype(spec.dtype) for spec in self.outputs)
-        self._ranges = {row["name"]: (row["min"], row["max"]) for row in manifest["symbols"]}
+        symbols = [row for row in manifest["symbols"] if not row.get("computed")]
+        self.sized = len(symbols) < len(manifest["symbols"])
+        self._ranges = {row["name"]: (row["min"], row["max"]) for row in symbols}
         self._function = function
         self._plans: dict[Any, Plan] = {}
 
@@ -116,7 +122,7 @@ class Signature:
             at += len(shape)
             outputs.append((shape, dtype, prod(shape) * dtype.itemsize))
         empty = any(0 in shape for shape in shapes) or any(not n for _, _, n in outputs)
-        return Plan(sizes[0], tuple(outputs), empty)
+        return Plan(sizes[0], tuple(outputs), empty or self.sized)
 
 
 def _spec(row: dict[str, Any]) -> TensorSpec:

@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 ndarray = np.ndarray
 empty = np.empty
 uint8 = np.dtype(np.uint8)
+int64 = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,6 +19,8 @@ from itertools import groupby
 
 from ...workload import Conv
 
+_STRIP = 16 << 10  # elements of a copy of a strip
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -132,7 +134,8 @@ class Shape:
 
     - flat: every output has one tap, in its own place, or all of a row, which is its own: rows are
       any outputs one after the other, of all images if their number is known
-    - copied: A is read from a copy with its padding around it, and bytes to read past its end
+    - copied: A is read from a copy with bytes to read past its end; if not flat, of a strip: some
+      rows of outputs of one image and z, with the padding around it. x, y and z are the strip's
     - joined: neighbouring taps are one run of bytes of A and of whole k-steps
     - span: bytes of A that are read at once where nothing is joined, of `spans` in a row of taps
     """
@@ -164,10 +167,7 @@ class Shape:
             row = work.kernel[2]
             own = [Axis(1, 1), Axis(1, 1), Axis(pixels * row, pixels, row, row)]
         elif self.copied:
-            own = [
-                Axis(a.size + sum(pad), a.outputs, a.kernel, a.stride, a.dilation)
-                for a, pad in zip(own, work.pads, strict=True)
-            ]
+            own = self._strip(own)
         self.z, self.y, self.x = own
         self.pixels = pixels
         whole_rows = work.groups == 1 and self.x.dilation == 1
@@ -184,6 +184,20 @@ class Shape:
         self.variants = 1
         if self.classed:
             self.variants = len(self.z.classes) * len(self.y.classes) * len(self.x.classes)
+
+    def _strip(self, own: list[Axis]) -> list[Axis]:
+        """As many rows of outputs as what they read fits into the first cache."""
+        z, y, x = own
+        width = x.size + sum(self.work.pads[2])
+        planes, lines = ((axis.kernel - 1) * axis.dilation + 1 for axis in (z, y))
+        most = _STRIP // (planes * width * self.work.channels)
+        rows = max(1, min(y.outputs, (most - lines) // y.stride + 1))
+        rows = ceil_div(y.outputs, ceil_div(y.outputs, rows))
+        return [
+            Axis(planes, 1, z.kernel, 1, z.dilation),
+            Axis((rows - 1) * y.stride + lines, rows, y.kernel, y.stride, y.dilation),
+            Axis(width, x.outputs, x.kernel, x.stride, x.dilation),
+        ]
 
     def bands(self, mr: int) -> list[Band]:
         """All rows of an image."""

@@ -19,17 +19,16 @@ The part without A's row sum is where the accumulators start.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Gemm, GemmWeights
-from ._ir import T, bits
+from ._dot import Dot
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -58,35 +57,9 @@ class Layout:
         return ceil_div(self.vectors, self.nr)
 
 
-class IntegerGemm(Kernel):
-    """C = epilogue(A x B) for u8 or s8 A and s8 B; a subclass says how 4 bytes of A meet B."""
+class IntegerGemm(Dot, Kernel):
+    """C = epilogue(A x B) for u8 or s8 A and s8 B; a vocabulary says how 4 bytes of A meet B."""
 
-    gops: ClassVar[float]  # about the speed of one thread, for the choice to use more
-    seven_bits: ClassVar[bool] = False  # only for |b| <= 64
-    staged: ClassVar[bool] = False  # A is widened to 16 bits before it is multiplied
-    bits: ClassVar[int]  # widest vector
-
-    # ---- the micro-kernel's vocabulary ----
-    @abstractmethod
-    def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
-        """s8 (..., lanes, 4) weights of k-steps as uint8 (..., bytes)."""
-
-    def a_operands(self, dwords: Any, lanes: int) -> list[Any]:
-        """The multiplier inputs made of int32xL, 4 u8 of one row in every lane.
-
-        Not asked of kernels that are `staged`: theirs are int16x(2L), k pairs (0, 1) and (2, 3).
-        """
-        return [T.Bind(bits(f"int8x{4 * lanes}", dwords))]
-
-    @abstractmethod
-    def b_operands(self, w: Any, offset: Any, lanes: int, params: Any) -> list[Any]:
-        """The multiplier inputs of one vector and k-step, at a byte offset of W."""
-
-    @abstractmethod
-    def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
-        """acc int32xL plus the sums of 4 products."""
-
-    # ---- Kernel ----
     def refuses(self, workload: Gemm) -> str | None:
         if workload.a not in ("u8", "s8") or workload.b != "s8":
             return f"operands are {workload.a} x {workload.b}, not u8 or s8 x s8"

@@ -16,6 +16,7 @@ __all__ = [
     "i64",
     "intrinsic",
     "local",
+    "masked_load",
     "masked_store",
     "prim_func",
     "ramp",
@@ -73,3 +74,12 @@ def masked_store(buffer: Any, index: Any, value: Any, lanes: int, valid: int) ->
     mask = tirx.LT(ramp(tirx.const(0, "int32"), lanes), splat(valid, "int32", lanes))
     where = buffer[tuple(index)] if isinstance(index, (list, tuple)) else buffer[index]
     T.evaluate(tirx.call_llvm_intrin("void", "llvm.masked.store", value, T.address_of(where), mask))
+
+
+def masked_load(buffer: Any, index: list[Any], lanes: int, valid: int) -> Any:
+    """The first `valid` of `lanes` lanes at an n-d index, 0 for the others, which are not read."""
+    mask = tirx.LT(ramp(tirx.const(0, "int32"), lanes), splat(valid, "int32", lanes))
+    where, dtype = T.address_of(buffer[tuple(index)]), f"{buffer.dtype}x{lanes}"
+    return tirx.call_llvm_intrin(
+        dtype, "llvm.masked.load", where, mask, splat(0, buffer.dtype, lanes)
+    )

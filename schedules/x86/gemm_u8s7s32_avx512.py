@@ -16,15 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ...machine import Machine
 from ...workload import Gemm
+from ._dot import Dot7
 from ._gemm_int import IntegerGemm
-from ._ir import T, bits, intrinsic, ramp, splat
-
-_MADDUBS = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
-_MADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd"}
 
 
 @dataclass(frozen=True)
@@ -33,26 +28,14 @@ class Params:
     nr: int = 4  # vectors of columns kept in registers
 
 
-class Gemm7(IntegerGemm):
+class Gemm7(Dot7, IntegerGemm):
     """The micro-kernel for both vector widths."""
 
     Params: Any = Params
-    seven_bits = True
 
     def registers(self, params: Params) -> int:
         # C tile, a step of B, a broadcast of A, a product, the ones
         return params.mr * params.nr + params.nr + 3
-
-    def encode(self, quads: np.ndarray, params: Params) -> np.ndarray:
-        return quads.view(np.uint8).reshape(*quads.shape[:-2], -1)
-
-    def b_operands(self, w: Any, offset: Any, lanes: int, params: Params) -> list[Any]:
-        return [T.Bind(bits(f"int8x{4 * lanes}", w[ramp(offset, 4 * lanes)]))]
-
-    def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
-        pairs = intrinsic(f"int16x{2 * lanes}", _MADDUBS[lanes], a[0], b[0])
-        ones = splat(1, "int16", 2 * lanes)
-        return acc + intrinsic(f"int32x{lanes}", _MADD[lanes], pairs, ones)
 
 
 class GemmAvx512(Gemm7):

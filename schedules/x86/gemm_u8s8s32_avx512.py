@@ -19,14 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ...machine import Machine
 from ...workload import Gemm
+from ._dot import Dot16
 from ._gemm_int import IntegerGemm
-from ._ir import T, bits, intrinsic, ramp, tirx
-
-_MADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd"}
 
 
 @dataclass(frozen=True)
@@ -36,35 +32,14 @@ class Params:
     wide: bool = True  # B stored as s16: twice the memory, nothing to widen
 
 
-class Gemm16(IntegerGemm):
+class Gemm16(Dot16, IntegerGemm):
     """The micro-kernel on operands of 16 bits, for both vector widths."""
 
     Params: Any = Params
-    staged = True
 
     def registers(self, params: Params) -> int:
         # C tile, a step of B, a broadcast of A, a product
         return params.mr * params.nr + 2 * params.nr + 2
-
-    def encode(self, quads: np.ndarray, params: Params) -> np.ndarray:
-        pairs = quads.reshape(*quads.shape[:-1], 2, 2)  # of k: (0, 1), (2, 3)
-        parts = np.moveaxis(pairs, -2, -3)  # first pairs of all lanes, then second pairs
-        if params.wide:
-            parts = parts.astype(np.int16)
-        return np.ascontiguousarray(parts).view(np.uint8).reshape(*quads.shape[:-2], -1)
-
-    def b_operands(self, w: Any, offset: Any, lanes: int, params: Params) -> list[Any]:
-        size = (4 if params.wide else 2) * lanes
-        wide = f"int16x{2 * lanes}"
-        parts = [w[ramp(offset + part * size, size)] for part in range(2)]
-        if params.wide:
-            return [T.Bind(bits(wide, part)) for part in parts]
-        return [T.Bind(tirx.Cast(wide, bits(f"int8x{size}", part))) for part in parts]
-
-    def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
-        for pairs_a, pairs_b in zip(a, b, strict=True):
-            acc = acc + intrinsic(f"int32x{lanes}", _MADD[lanes], pairs_a, pairs_b)
-        return acc
 
 
 class GemmAvx512(Gemm16):

@@ -22,12 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ...machine import Machine
 from ...workload import Gemm
+from ._dot import DotVnni
 from ._gemm_int import IntegerGemm
-from ._ir import T, bits, intrinsic, ramp
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,11 @@ class Params:
     nr: int = 4  # vectors of columns kept in registers
 
 
-class GemmVnni(IntegerGemm):
+class GemmVnni(DotVnni, IntegerGemm):
     name = "gemm_u8s8s32_vnni"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
     Params: Any = Params
     SPACE: ClassVar = {"mr": (1, 2, 3, 4, 5, 6, 8, 12), "nr": (1, 2, 3, 4, 8)}
-    bits = 512
     gops = 450.0
 
     def registers(self, params: Params) -> int:
@@ -51,16 +48,6 @@ class GemmVnni(IntegerGemm):
         one_row = 8 if workload.n * workload.k > machine.l2 else 4
         rows = {4: (6, 5, 4), 3: (8, 7, 6), 2: (8, 6), 1: (8, 4)}
         return Params(*self.tile(workload, rows, one_row))
-
-    def encode(self, quads: np.ndarray, params: Params) -> np.ndarray:
-        return quads.view(np.uint8).reshape(*quads.shape[:-2], -1)
-
-    def b_operands(self, w: Any, offset: Any, lanes: int, params: Params) -> list[Any]:
-        return [T.Bind(bits(f"int8x{4 * lanes}", w[ramp(offset, 4 * lanes)]))]
-
-    def multiply_add(self, acc: Any, a: list[Any], b: list[Any], lanes: int) -> Any:
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-        return intrinsic(f"int32x{lanes}", name, acc, a[0], b[0])
 
 
 KERNEL = GemmVnni()

@@ -1,0 +1,109 @@
+"""What ``bench --kernels`` runs over: an operator, its deployed shapes, its forms and its peers."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..kernel import Kernel
+from ..machine import Machine
+from .peers import Prepared
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of workload: the types of A, B and C, and the bits that B uses."""
+
+    a: str
+    b: str
+    out: str
+    b_bits: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.a}{'s7' if self.b_bits == 7 else self.b}->{self.out}"
+
+
+class Suite(ABC):
+    """An operator's benches.
+
+    Shapes are those of ``shapes.json``, tuples of numbers. `families` are names of the lists that
+    they come from.
+    """
+
+    op: ClassVar[str]
+    forms: ClassVar[tuple[Form, ...]]
+    families: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def shapes(self, family: str) -> Sequence[Shape]:
+        """The deployed shapes of a family."""
+
+    @abstractmethod
+    def workload(self, form: Form, shape: Shape) -> Any:
+        """The workload of a shape."""
+
+    @abstractmethod
+    def problem(self, work: Any) -> tuple[Any, np.ndarray]:
+        """Weights and A whose outputs fill the range of the output type."""
+
+    @abstractmethod
+    def reference(self, work: Any, weights: Any, a: np.ndarray) -> np.ndarray:
+        """C, exactly; of float workloads nearly."""
+
+    @abstractmethod
+    def peers(self, work: Any) -> list[str]:
+        """Peers' routes, whether installed or not: the peer's name, a dash and more if any."""
+
+    def layers(self, work: Any, peer: str) -> int:
+        """Length of a chain of equal operators whose time tells that of one; 1: there is none."""
+        return 1
+
+    @abstractmethod
+    def prepare(
+        self, peer: str, work: Any, weights: Any, a: np.ndarray, threads: int, layers: int
+    ) -> Prepared:
+        """A peer ready to compute the workload on A, `layers` times over.
+
+        Raises PeerError with the peer's reason where it cannot.
+        """
+
+    @abstractmethod
+    def tiny(self, form: Form) -> Any:
+        """A workload of next to no work: its time is that of the call."""
+
+    @abstractmethod
+    def large(self, shape: Shape) -> bool:
+        """Whether the shape has work enough to be near a peak."""
+
+    @abstractmethod
+    def label(self, shape: Shape) -> str:
+        """The shape in a table."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel on a machine, and what to feed it: a form of workload, a family's shapes."""
+
+    suite: Suite
+    kernel: Kernel
+    machine: Machine
+    form: Form
+    family: str
+    shapes: tuple[Shape, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name} {self.form}"
+
+
+def deployed(family: str) -> list[Shape]:
+    """A list of the shape set, largest innermost structure first as the set has it."""
+    text = (importlib.resources.files("dccompile.models") / "shapes.json").read_text()
+    return [tuple(shape) for shape in json.loads(text)[family]]
