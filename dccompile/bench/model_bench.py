@@ -102,9 +102,7 @@ def _bench(
     module = load(path, threads=threads)
     feeds = {name: aligned(a) for name, a in _feeds(source, module, inputs, batch).items()}
     first = [np.array(v) for v in module.run(None, feeds)]
-    names = [spec.name for spec in module.outputs]
-    buffers = {name: aligned(value) for name, value in zip(names, first, strict=True)}
-    bound = module.bind(feeds, buffers)
+    bound = module.bind(feeds)
     runners: dict[str, measure.Runner] = {OURS: bound, CALL: lambda: module(feeds)}
     results: dict[str, dict[str, Any]] = {}
     prepared: dict[str, Prepared] = {}

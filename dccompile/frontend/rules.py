@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from .external import MAX_RANK
 from .operands import Node
+
+_PADDING = (b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID")
 
 
 def check(node: Node) -> Iterator[str]:
@@ -33,8 +35,40 @@ def _positive(node: Node, *names: str) -> Iterator[str]:
 
 def _window(node: Node) -> Iterator[str]:
     yield from _positive(node, "kernel_shape", "strides", "dilations")
-    if any(pad < 0 for pad in node.attribute("pads", ())):
-        yield f"pads {list(node.attribute('pads'))}; 0 or more is allowed"
+    pads = list(node.attribute("pads", ()))
+    if any(pad < 0 for pad in pads):
+        yield f"pads {pads}; 0 or more is allowed"
+    mode = node.attribute("auto_pad", b"NOTSET")
+    if mode not in _PADDING:
+        allowed = ", ".join(name.decode() for name in _PADDING)
+        yield f"auto_pad {mode.decode(errors='replace')!r}; {allowed} are allowed"
+    elif mode != b"NOTSET" and any(pads):
+        yield f"pads {pads} and auto_pad {mode.decode()}; one of them is allowed"
+
+
+def _fits(node: Node, window: Sequence[int | None] | None) -> Iterator[str]:
+    """The window in the padded data, where both are known."""
+    data = node.dims(0)
+    if data is None or window is None or len(data) != len(window) + 2:
+        return
+    rank = len(window)
+    strides, dilations = (node.attribute(n, [1] * rank) for n in ("strides", "dilations"))
+    pads = node.attribute("pads", [0] * (2 * rank))
+    valid = len(dilations) == rank and len(pads) == 2 * rank and min([*strides, *dilations]) > 0
+    if not valid or str(node.attribute("auto_pad", b"NOTSET")).startswith("b'SAME"):
+        return
+    for size, k, d, p, q in zip(data[2:], window, dilations, pads, pads[rank:], strict=True):
+        if size and k and (k - 1) * d + 1 > size + p + q:
+            yield (
+                f"a window of {(k - 1) * d + 1} elements over {size + p + q} with the pads; "
+                "a window that fits is allowed"
+            )
+            return
+
+
+def _pool(node: Node) -> Iterator[str]:
+    yield from _window(node)
+    yield from _fits(node, node.attribute("kernel_shape"))
 
 
 def _conv(node: Node) -> Iterator[str]:
@@ -53,6 +87,8 @@ def _conv(node: Node) -> Iterator[str]:
         None is not b != a for a, b in zip(kernel, filters[2:], strict=False)
     ):
         yield f"kernel_shape {list(kernel)}; {filters[2:]}, as the filters have, is allowed"
+    if node.node.op_type != "ConvTranspose":
+        yield from _fits(node, filters[2:])
     if 0 in filters:
         yield f"filters of shape {filters}; no dim may be 0"
     transposed = node.node.op_type == "ConvTranspose"
@@ -65,7 +101,9 @@ def _conv(node: Node) -> Iterator[str]:
         yield f"{maps} filters in {group} groups; a multiple of the groups is allowed"
     length = node.dims(bias) if bias is not None else None
     maps = maps * group if transposed and maps is not None else maps
-    if length and maps is not None and length[0] not in (None, maps):
+    if length is not None and len(length) != 1:
+        yield f"bias of {len(length)} dims; 1 is allowed"
+    elif length and maps is not None and length[0] not in (None, maps):
         yield f"bias of {length[0]} entries; {maps}, one per filter, is allowed"
 
 
@@ -205,7 +243,7 @@ def _reduce_empty(node: Node) -> Iterator[str]:
 _RULES: dict[str, Callable[[Node], Iterator[str]]] = {
     "ArgMax": _reduce_empty,
     "ArgMin": _reduce_empty,
-    "AveragePool": _window,
+    "AveragePool": _pool,
     "BatchNormalization": _norm,
     "Conv": _conv,
     "ConvInteger": _conv,
@@ -215,8 +253,8 @@ _RULES: dict[str, Callable[[Node], Iterator[str]]] = {
     "GatherElements": _indices(0),
     "Gemm": _gemm,
     "InstanceNormalization": _norm,
-    "LpPool": _window,
-    "MaxPool": _window,
+    "LpPool": _pool,
+    "MaxPool": _pool,
     "Mod": _divide,
     "Pad": _pad,
     "QLinearConv": _conv,
