@@ -477,8 +477,8 @@ INVALID: dict[str, tuple[Callable[[], onnx.ModelProto], str, str]] = {
     "average kernel 0": (lambda: one("AveragePool", x=IMAGE, kernel_shape=[0, 2]), "DC3016", "ker"),
     "pool larger than the image": (
         lambda: one("MaxPool", x=IMAGE, kernel_shape=[99, 99]),
-        "DC3017",
-        "-",
+        "DC3016",
+        "window of 99",
     ),
     "k beyond the dim": (
         lambda: one("TopK", "x k", {"k": np.array([99], INT)}, outputs="y z"),

@@ -41,7 +41,8 @@ def _window(node: Node) -> Iterator[str]:
     mode = node.attribute("auto_pad", b"NOTSET")
     if mode not in _PADDING:
         allowed = ", ".join(name.decode() for name in _PADDING)
-        yield f"auto_pad {mode.decode(errors='replace')!r}; {allowed} are allowed"
+        name = mode.decode(errors="replace") if isinstance(mode, bytes) else mode
+        yield f"auto_pad {name!r}; {allowed} are allowed"
     elif mode != b"NOTSET" and any(pads):
         yield f"pads {pads} and auto_pad {mode.decode()}; one of them is allowed"
 
@@ -55,9 +56,10 @@ def _fits(node: Node, window: Sequence[int | None] | None) -> Iterator[str]:
     strides, dilations = (node.attribute(n, [1] * rank) for n in ("strides", "dilations"))
     pads = node.attribute("pads", [0] * (2 * rank))
     valid = len(dilations) == rank and len(pads) == 2 * rank and min([*strides, *dilations]) > 0
-    if not valid or str(node.attribute("auto_pad", b"NOTSET")).startswith("b'SAME"):
+    explicit = node.attribute("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    if not valid or not explicit or node.attribute("ceil_mode", 0):
         return
-    for size, k, d, p, q in zip(data[2:], window, dilations, pads, pads[rank:], strict=True):
+    for size, k, d, p, q in zip(data[2:], window, dilations, pads, pads[rank:], strict=False):
         if size and k and (k - 1) * d + 1 > size + p + q:
             yield (
                 f"a window of {(k - 1) * d + 1} elements over {size + p + q} with the pads; "
@@ -68,7 +70,12 @@ def _fits(node: Node, window: Sequence[int | None] | None) -> Iterator[str]:
 
 def _pool(node: Node) -> Iterator[str]:
     yield from _window(node)
-    yield from _fits(node, node.attribute("kernel_shape"))
+    kernel, pads = node.attribute("kernel_shape", []), node.attribute("pads", [])
+    yield from _fits(node, kernel)
+    dilations = node.attribute("dilations", [1] * len(kernel))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=False)]
+    if any(pad >= r for pad, r in zip(pads, reach * 2, strict=False)):
+        yield f"pads {list(pads)} for a window of {reach}; less than the window is allowed"
 
 
 def _conv(node: Node) -> Iterator[str]:

@@ -69,7 +69,8 @@ class ConvVnni(DotVnni, IntegerConv):
 
     def default(self, workload: Conv, machine: Machine) -> Params:
         vectors, nbytes = self.weights_size(workload)
-        pointwise = workload.kernel == (1, 1, 1)
+        runs = workload.groups > 1 and workload.kernel == (1, 1, workload.size[2]) != (1, 1, 1)
+        pointwise = workload.kernel == (1, 1, 1) or runs
         if (pointwise and nbytes > _COLD_BYTES) or not (pointwise or workload.channels < 4):
             nr = 2 if vectors % 2 == 0 or vectors % 3 else 3
         elif vectors <= 5:
@@ -84,6 +85,7 @@ class ConvVnni(DotVnni, IntegerConv):
         elif workload.channels < 4 and nr == 2:
             mr = 4 if workload.filters % 16 == 0 else 12  # halves are packed by four
         defer = pointwise and workload.residual is not None and workload.group_channels <= 256
+        defer = defer and not runs
         return Params(mr, nr, nbytes > _WARM_BYTES, defer)
 
 
