@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from memory import aligned, tensor
 
-from dccompile import reference
-from dccompile.generic import legalize, stack
+from dccompile import codegen, linker, reference
+from dccompile.cache import Cache
 from dccompile.kernel import Kernel
-from dccompile.machine import Machine
+from dccompile.machine import Machine, available_cores
 from dccompile.workload import INT8_LIMITS, NUMPY, Conv, ConvWeights, Residual, ResidualWeights
 
 
@@ -126,9 +130,11 @@ class Case:
         self.seed = zlib.crc32(repr((work, self.params)).encode())
         self.weights = weights(work, self.seed)
         self.symbol = f"f{self.seed:x}"
-        built = kernel.build(work, self.params, machine)
-        self.function = built.with_attr("global_symbol", self.symbol)
         self.packed = tensor(kernel.pack(work, self.weights, self.params))
+
+    def function(self) -> Any:
+        built = self.kernel.build(self.work, self.params, self.machine)
+        return built.with_attr("global_symbol", self.symbol)
 
     def run(self, library: Any, batch: int | None = None) -> None:
         """Computes a random problem and compares."""
@@ -152,7 +158,19 @@ def check(work: Conv, got: np.ndarray, expected: np.ndarray, what: str) -> None:
 
 
 def build(cases: list[Case]) -> Any:
-    """The cases of one machine as one library."""
-    functions = {case.symbol: case.function for case in cases}
-    built = stack.build(tvm.IRModule(functions), legalize.target_of(cases[0].machine))
-    return tvm.runtime.Executable(built).jit()
+    """The cases of one machine as one library, compiled on all cores."""
+    cores = available_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        units = [
+            codegen.Unit(f"part{i}", cases[0].machine, functools.partial(_functions, part))
+            for i in range(4 * cores)
+            if (part := cases[i :: 4 * cores])
+        ]
+        paths = codegen.objects(units, Path(folder), Cache(None), cores)
+        library = Path(folder) / "kernels.so"
+        linker.link(list(paths.values()), library)
+        return tvm_ffi.load_module(str(library))
+
+
+def _functions(cases: list[Case]) -> dict[str, Any]:
+    return {case.symbol: case.function() for case in cases}
