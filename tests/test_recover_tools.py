@@ -157,7 +157,7 @@ def test_quantized_neighbours_are_spelled_out(op):
         inner = ["QuantizeLinear", "DccGemm"]
     elif op == "QLinearConcat":
         y = make.op(op, *out, x, *quant, c, *quant, domain=MS, axis=1)
-        inner = ["DccRequantize", "Concat"]
+        inner = ["DccRequantize", "DccRequantize", "Concat"]
     else:
         more = [c, *quant] if op in ("QLinearAdd", "QLinearMul") else []
         y = make.op(op, x, *quant, *more, *out, domain=MS)
