@@ -26,7 +26,7 @@ from ._ir import T, bits, local, prim_func, ramp, tirx
 if TYPE_CHECKING:
     from ._conv_int import IntegerConv
 
-_PARALLEL_US = 20.0  # less is not worth sharing: a launch costs 1 to 3 us
+_PARALLEL_US = 10.0  # less is not worth sharing: a launch costs 1 to 3 us
 _UNITS = 32  # parallel units to aim at, so that a few threads get nearly equal shares
 _STACK = 64 << 10  # bytes of a copy on the stack
 _CHUNK_BYTES = 1 << 20  # of A, R and C that stay in L2 while panel after panel passes

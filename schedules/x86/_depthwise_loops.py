@@ -32,7 +32,7 @@ from ._ir import T, bits, local, prim_func, ramp, tirx
 if TYPE_CHECKING:
     from ._depthwise import Depthwise
 
-_PARALLEL_US = 20.0  # less is not worth sharing
+_PARALLEL_US = 10.0  # less is not worth sharing: a launch costs 1 to 3 us
 _UNITS = 32  # parallel units to aim at
 _SLAB_BYTES = 256 << 10  # of A, that stay in L2 while block after block of channels passes
 
