@@ -156,12 +156,15 @@ def conv(
         if workload.residual is not None:
             w = weights.residual
             assert w is not None and r is not None
-            other = fma(r.astype(np.float32), np.float32(w.b), np.float32(w.c))
+            factor, other, c = np.float32(w.b), r.astype(np.float32), np.float32(w.c)
             if workload.residual.inner:
-                q = np.clip(np.rint(y), np.float32(w.low), np.float32(w.high))
-                y = fma(q, np.float32(w.a), other)
+                q = np.clip(np.rint(y) + np.float32(w.shift), np.float32(w.low), np.float32(w.high))
+                terms = [(q, np.float32(w.a)), (other, factor)]
+                if workload.residual.first:
+                    terms.reverse()
+                y = fma(*terms[0], fma(*terms[1], c))
             else:
-                y = y + other
+                y = y + fma(other, factor, c)
     return quantize(workload.out, y, weights.zero_point, weights.clamp)
 
 

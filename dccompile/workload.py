@@ -125,12 +125,14 @@ class Residual:
     """A tensor R (batch, d, h, w, filters), of C's shape, that is added to a convolution.
 
     `dtype` is u8 or s8 for integer convolutions, f32 otherwise. `inner` is the type, u8 or s8, to
-    which the convolution itself is quantized before the sum; "": not at all. Which numbers go into
-    it is in `ResidualWeights`; the arithmetic in `Conv`.
+    which the convolution itself is quantized before the sum; "": not at all. `first`: R is the
+    first operand of that sum, which matters for its rounding. Which numbers go into it is in
+    `ResidualWeights`; the arithmetic in `Conv`.
     """
 
     dtype: str  # u8 | s8 | f32
     inner: str = ""  # "" | u8 | s8
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,11 @@ class Conv:
                   C = activation(y)
     - out u8, s8: y as above, the factors already divided by the output scale;
                   C = clamp(saturate(rint(y) + zero_point))
-    - with `residual` (out u8 or s8), its weights being a, b, c, low, high:
-                  `inner`: q = min(max(rint(y), low), high); y = fma(q, a, fma(f32(R), b, c))
+    - with `residual` (out u8 or s8), its weights being a, b, c, shift, low, high:
+                  `inner`: q = min(max(rint(y) + shift, low), high);
+                           y = fma(q, a, fma(f32(R), b, c)), or with `first`
+                           y = fma(f32(R), b, fma(q, a, c)): as ONNX Runtime's QLinearAdd, bit by
+                           bit; c has the zero points in it, also that of C
                   else:    y = y + fma(f32(R), b, c)
                   C = clamp(saturate(rint(y) + zero_point))
 
@@ -249,11 +254,12 @@ class Conv:
 
 @dataclass(frozen=True)
 class ResidualWeights:
-    """Numbers of a residual sum: y = fma(q, a, fma(f32(R), b, c)), q limited to low .. high."""
+    """Numbers of a residual sum, see `Conv`. shift, low and high are those of the codes q."""
 
     a: float = 1.0
     b: float = 1.0
     c: float = 0.0
+    shift: int = 0
     low: int = -128
     high: int = 127
 

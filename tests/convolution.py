@@ -59,7 +59,7 @@ def conv(
 
 
 def residual(work: Conv, kind: str, inner: str = "") -> Conv:
-    return replace(work, residual=Residual(kind, inner))
+    return replace(work, residual=Residual(kind, inner, first=inner == "s8"))
 
 
 def weights(work: Conv, seed: int) -> ConvWeights:
@@ -97,9 +97,9 @@ def weights(work: Conv, seed: int) -> ConvWeights:
     if work.residual is not None:
         inner = work.residual.inner
         low, high = INT8_LIMITS[inner or "s8"]
-        zero = int(rng.integers(low, high + 1)) if inner else 0
+        shift = int(rng.integers(low, high + 1)) if inner else 0
         a, b_, c = rng.uniform(0.3, 1.2, 3).astype(np.float32)
-        out.residual = ResidualWeights(float(a), float(b_), float(c * -40), low - zero, high - zero)
+        out.residual = ResidualWeights(float(a), float(b_), float(c * -99), shift, low, high)
     return out
 
 

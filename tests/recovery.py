@@ -139,7 +139,7 @@ def evaluate(recovered: Recovered, feeds):
         def _run(self, x, kind=None, kernel=None, strides=None, dilations=None, pads=None,
                  sizes=None, count_include_pad=0, fill=0.0):  # fmt: skip
             rank = x.ndim - 2
-            fill = np.finfo(np.float64).min if kind == "MaxPool" else float(fill)
+            fill = np.finfo(np.float64).min if kind in ("MaxPool", "GlobalMax") else float(fill)
             dims = list(zip(kernel, strides, dilations, sizes, strict=True))[3 - rank :]
             before, after = pads[6 - 2 * rank :: 2], pads[7 - 2 * rank :: 2]
             beyond = [
@@ -156,7 +156,7 @@ def evaluate(recovered: Recovered, feeds):
                     for t, (_, s, d, out) in zip(tap, dims, strict=True)
                 )
                 taps.append((wide[(slice(None), *here)], ones[(slice(None), *here)]))
-            if kind == "MaxPool":
+            if kind in ("MaxPool", "GlobalMax"):
                 return (np.max([t for t, _ in taps], axis=0).astype(x.dtype),)
             if kind == "Sum":
                 return (sum(t for t, _ in taps).astype(np.int32),)

@@ -271,26 +271,34 @@ class _Recovery:
             if epilogue.y_scale is not None:
                 divide(found, epilogue.y_scale)
             return [], work
-        other, last = taken
+        other, last, first = taken
         assert last.y_scale is not None and other.scale is not None and other.zero is not None
+        b = other.scale / last.y_scale
         if inner.y_scale is not None:
-            low, high = inner.clamp or INT8_LIMITS[inner.y_dtype]
+            limits = inner.clamp or INT8_LIMITS[inner.y_dtype]
             zero = inner.zero_point
-            limits = low - zero, high - zero
             a = inner.y_scale / last.y_scale
+            terms = [a * np.float32(zero), b * np.float32(other.zero)]
+            if first:
+                terms.reverse()
+            c = np.float32(last.zero_point) - (terms[0] + terms[1])
+            last.zero_point = 0  # is in c
             divide(found, inner.y_scale)
         else:
-            limits, a = (0, 0), np.float32(1)
+            limits, zero, a = (0, 0), 0, np.float32(1)
+            c = np.float32(-other.zero) * b
             divide(found, last.y_scale)
-        b = other.scale / last.y_scale
-        c = np.float32(-other.zero) * b
-        found.residual = ResidualWeights(float(a), float(b), float(c), *limits)
+        found.residual = ResidualWeights(float(a), float(b), float(c), zero, *limits)
         for name in ("y_scale", "y_dtype", "zero_point", "clamp", "activation", "clip"):
             setattr(epilogue, name, getattr(last, name))
-        return [other.name], replace(work, residual=Residual(other.dtype, inner.y_dtype))
+        sum_ = Residual(other.dtype, inner.y_dtype, first and bool(inner.y_dtype))
+        return [other.name], replace(work, residual=sum_)
 
-    def _quantized_sum(self, inner: Epilogue) -> tuple[Activation, Epilogue] | None:
-        """Extends the tail by [DequantizeLinear -] Add [- Relu] - QuantizeLinear."""
+    def _quantized_sum(self, inner: Epilogue) -> tuple[Activation, Epilogue, bool] | None:
+        """Extends the tail by [DequantizeLinear -] Add [- Relu] - QuantizeLinear.
+
+        Returns the other operand, what follows, and whether the other is the first operand.
+        """
         tail, editor = self.tail, self.editor
         start = len(tail.nodes)
         if inner.y_scale is not None:
@@ -320,7 +328,7 @@ class _Recovery:
             del tail.nodes[start:]
             return None
         self.taken.add(add.name)
-        return other, last
+        return other, last, add.input[0] == name
 
     def _sum(self) -> str:
         """Extends the tail by the Add of a float tensor of the same shape; its name or ""."""

@@ -14,7 +14,7 @@ from .quantized import INT8, Refused
 from .windows import Geometry, geometry
 
 POOL = "DccPool"  # see `pooling`
-GLOBAL = {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}
+GLOBAL = ("GlobalAveragePool", "GlobalMaxPool")
 
 
 class Windows(Forms):
@@ -55,10 +55,17 @@ class Windows(Forms):
         x = node.input[0]
         if not self.is_last(x):
             return False
-        if node.op_type == "GlobalAveragePool" and self.integer_mean(node, self.whole(x)):
+        where = self.whole(x)
+        if node.op_type == "GlobalMaxPool":  # unlike ReduceMax, it passes over NaN
+            if where is None:
+                return False
+            output, sizes = self.made(node.output[0]), [1, 1, 1]
+            self.new.append(self.pooling(node, self.as_last(x), output, "GlobalMax", where, sizes))
+            return True
+        if self.integer_mean(node, where):
             return True
         axes = [*range(1, self.rank(x) - 1)]
-        node.op_type = GLOBAL[node.op_type]
+        node.op_type = "ReduceMean"
         set_attribute(node, "keepdims", 1)
         self.reduction(node, self.as_last(x), axes, self.made(node.output[0]))
         return True

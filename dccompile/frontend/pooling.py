@@ -14,8 +14,9 @@ _LAYOUTS = {1: ("NWC", "1d"), 2: ("NHWC", "2d"), 3: ("NDHWC", "3d")}
 class Pool(Converter):
     """x (batch, spatial dims.., channels); numbers of three spatial dims each.
 
-    `kind` is MaxPool, AveragePool or Sum. `sizes` are the spatial dims of the result: with
-    ceil_mode they reach beyond the pads. Sum is of 8-bit integers, in s32; outside of x is `fill`.
+    `kind` is MaxPool, AveragePool, GlobalMax or Sum. `sizes` are the spatial dims of the result:
+    with ceil_mode they reach beyond the pads. Sum is of 8-bit integers, in s32; outside of x is
+    `fill`.
     """
 
     @classmethod
@@ -35,6 +36,8 @@ class Pool(Converter):
             after.append(max(0, reach - int(shape[1 + i]) - before[i]))
         kind = node.attr["kind"]
         kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+        if kind == "GlobalMax":
+            return node.bb.emit_te(_greatest, x, primfunc_name_hint="global_max_pool")
         if kind == "Sum":
             fill = int(node.attr.get("fill", 0))
             return node.bb.emit_te(
@@ -55,6 +58,17 @@ class Pool(Converter):
             layout=layout,
             **more,
         )
+
+
+def _greatest(x: te.Tensor) -> te.Tensor:
+    """The greatest element of every channel that is not NaN."""
+    over = [te.reduce_axis((0, extent), "k") for extent in x.shape[1:-1]]
+    best = te.comm_reducer(
+        lambda a, b: tirx.Select(b > a, b, a), lambda t: tirx.min_value(str(t)), name="max"
+    )
+    ones = [tirx.const(1, "int64")] * len(over)
+    shape = [x.shape[0], *ones, x.shape[-1]]
+    return te.compute(shape, lambda n, *i: best(x(n, *over, i[-1]), axis=over), name="max")
 
 
 def _sum(

@@ -80,7 +80,7 @@ class ConvEpilogue(Epilogue):
     def instructions(self, pixels: int, vectors: int) -> int:
         """About as many steps as `emit` has."""
         residual = self.conv.residual
-        each = 4 + (0 if residual is None else 7 if residual.inner else 3)
+        each = 4 + (0 if residual is None else 8 if residual.inner else 3)
         return pixels * vectors * each + -(-pixels * vectors // 4) * 4
 
     def _packs(
@@ -117,20 +117,27 @@ class ConvEpilogue(Epilogue):
             other = T.Bind(self._residual(pixel, column, valid))
             yield
             b, c = self.constant("b", dtype), self.constant("c", dtype)
-            other = T.Bind(intrinsic(dtype, "llvm.fma", other, b, c))
-            yield
             if not residual.inner:  # LLVM would make the product in y and this sum one fma
+                other = T.Bind(intrinsic(dtype, "llvm.fma", other, b, c))
+                yield
                 y = T.Bind(intrinsic(dtype, "llvm.arithmetic.fence", y) + other)
                 yield
             else:
                 low, high = self.constant("low", dtype), self.constant("high", dtype)
                 q = T.Bind(intrinsic(dtype, "llvm.rint", y))
                 yield
+                q = T.Bind(q + self.constant("shift", dtype))
+                yield
                 q = T.Bind(tirx.Select(tirx.LT(q, low), low, q))
                 yield
                 q = T.Bind(tirx.Select(tirx.GT(q, high), high, q))
                 yield
-                y = T.Bind(intrinsic(dtype, "llvm.fma", q, self.constant("a", dtype), other))
+                terms = [(q, self.constant("a", dtype)), (other, b)]
+                if residual.first:
+                    terms.reverse()
+                inner = T.Bind(intrinsic(dtype, "llvm.fma", *terms[1], c))
+                yield
+                y = T.Bind(intrinsic(dtype, "llvm.fma", *terms[0], inner))
                 yield
         if not self.conv.bounded:  # vcvtps2dq gives INT_MIN beyond 2**31; keeps a NaN
             y = T.Bind(tirx.Select(tirx.GT(y, self._f32(65535.0)), self._f32(65535.0), y))

@@ -31,7 +31,7 @@ from ...workload import INT8_LIMITS, Conv, ConvWeights
 from ._conv_shape import Axis, Shape, ceil_div
 from ._dot import Dot
 
-RESIDUAL = ("a", "b", "c", "low", "high")
+RESIDUAL = ("a", "b", "c", "shift", "low", "high")
 
 
 @dataclass(frozen=True)
