@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import pickle
-import re
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -214,17 +213,7 @@ def _compile(unit: Unit, path: Path, cache: Cache) -> None:
     functions = {n: f.with_attr("global_symbol", n) for n, f in unit.make().items()}
     built = stack.build(tvm.IRModule(functions), legalize.target_of(unit.machine))
     built.write_to_file(str(path), "o")
-    path.write_bytes(_same_names(path.read_bytes()))
     cache.put(unit.key, path.read_bytes())
-
-
-def _same_names(code: bytes) -> bytes:
-    """An object file in which every call of a function names the same symbol.
-
-    TVM declares a function of another object anew for each call, which LLVM then numbers: the
-    second call is one of ``__tvm_ffi_f.50``. The name ends before the number here.
-    """
-    return re.sub(rb"(__tvm_ffi_\w+)(\.\d+)\0", lambda m: m[1] + bytes(len(m[2]) + 1), code)
 
 
 def _forked(missing: Sequence[tuple[Unit, Path]], cache: Cache, processes: int) -> None:
