@@ -12,18 +12,14 @@ pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
 import tvm
 from convolution import Case, activations, build, check, conv, residual
+from kernels import TARGETS, listed, load, marked
 from memory import aligned, before_a_hole
 
-from dccompile import machine, reference, registry, schedules
+from dccompile import reference, registry
 from dccompile.workload import NUMPY
 
-TARGETS = {m.isa: m for m in machine.TARGETS.values()}
-NAMES = [
-    pytest.param(name, marks=getattr(pytest.mark, name.rpartition("_")[2]))
-    for name in (n.rpartition(".")[2] for n in schedules.KERNELS)
-    if name.startswith(("conv_", "groupconv_", "depthwise_"))
-]
-KERNELS = pytest.mark.parametrize("name", NAMES)
+NAMES = [n for n in listed("") if n.startswith(("conv_", "groupconv_", "depthwise_"))]
+KERNELS = pytest.mark.parametrize("name", marked(NAMES))
 
 # ---- classes of shapes, of every kind of convolution ----
 DENSE = {
@@ -140,14 +136,6 @@ RESIDUALS = {"u8_inner_u8": ("u8", "u8"), "u8_inner_s8": ("u8", "s8"), "s8": ("s
 MAIN = ("pointwise_tails", "3x3", "4_a_group", "16_a_group", "pointwise_groups", "dw_tails")
 
 
-def kernel_of(name):
-    kernel = next(k for k in schedules.load() if k.name == name)
-    missing = machine.missing_features(kernel.features)
-    if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return kernel, TARGETS[name.rpartition("_")[2]]
-
-
 def typed(name, work, more):
     """The workload with the dtypes that the kernel is for."""
     kind = {"a": "f32", "b": "f32", "out": "f32"} if "_f32f32f32_" in name else {}
@@ -157,7 +145,7 @@ def typed(name, work, more):
 
 def cases(name, works):
     """Cases of the workloads that the kernel takes."""
-    kernel, target = kernel_of(name)
+    kernel, target = load(name)
     return [Case(kernel, target, work) for work in works if kernel.refuses(work) is None]
 
 
@@ -238,7 +226,7 @@ def test_nothing_outside_is_read_or_written(name):
         del held, region
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "_f32f32f32_" in n.values[0]])
+@pytest.mark.parametrize("name", marked(n for n in NAMES if "_f32f32f32_" in n))
 def test_infinity_and_nan_stay_where_they_are(name):
     found = cases(name, [typed(name, SHAPES[s], {"activation": "relu"}) for s in MAIN])
     library = compiled(found)

@@ -8,38 +8,22 @@ from functools import cache
 
 import numpy as np
 import pytest
+from kernels import listed, load, marked
 from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
 import tvm
 
-from dccompile import machine, reference, registry, schedules
+from dccompile import reference, registry
 from dccompile.bench import measure
 from dccompile.errors import ScheduleError
 from dccompile.runtime import ffi
 from dccompile.workload import NUMPY, EmbeddingBag, EmbeddingTables, Gemm
 
-NAMES = [n.rpartition(".")[2] for n in schedules.KERNELS if "embedding_bag" in n]
-TARGETS = {m.isa: m for m in machine.TARGETS.values()}
-
-
-def _params(names):
-    return [
-        pytest.param(name, marks=getattr(pytest.mark, name.rpartition("_")[2])) for name in names
-    ]
-
-
-KERNELS = pytest.mark.parametrize("name", _params(NAMES))
-ONE = pytest.mark.parametrize("name", _params(["embedding_bag_u8f32_avx512"]))
-
-
-def _kernel(name):
-    kernel = next(k for k in schedules.load() if k.name == name)
-    missing = machine.missing_features(kernel.features)
-    if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return kernel, TARGETS[name.rpartition("_")[2]]
+NAMES = listed("embedding_bag")
+KERNELS = pytest.mark.parametrize("name", marked(NAMES))
+ONE = pytest.mark.parametrize("name", marked(["embedding_bag_u8f32_avx512"]))
 
 
 # ---- data ----
@@ -154,12 +138,12 @@ BAGS = {
 }
 
 
-LOOPS = _params(["embedding_bag_f32f32_avx2", *NAMES[4:6]])
+LOOPS = marked(["embedding_bag_f32f32_avx2", *NAMES[4:6]])
 
 
 @cache
 def _cases(name, which):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     cases = {
         label: Case(kernel, target, EmbeddingBag(**{"rows": (60,), "storage": kernel.storage, **o}))
         for label, o in (WIDTHS if which == "widths" else BAGS).items()
@@ -183,10 +167,10 @@ def test_bags(name, label):
         cases[label].run(library, bags, guard=256)
 
 
-@pytest.mark.parametrize("name", _params([NAMES[4], NAMES[-1]]))
+@pytest.mark.parametrize("name", marked([NAMES[4], NAMES[-1]]))
 def test_params(name):
     """Every point of the space, of one table and of several."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     cases = []
     for i, params in enumerate(kernel.candidates(target)):
         rows = ((50,), (9, 20, 7))[i % 2]
@@ -200,7 +184,7 @@ def test_params(name):
 
 @ONE
 def test_no_bags(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     for layout in ("fixed", "offsets", "lengths"):
         work = EmbeddingBag((5,), 16, "u8", layout=layout, pooling=4)
         case = Case(kernel, target, work)
@@ -215,7 +199,7 @@ def test_no_bags(name):
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past the inputs is read (that would be a segmentation fault)."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     cases = []
     for dim in (1, 7, 9, 17, 31, 64):
         work = EmbeddingBag((4, 2), dim, kernel.storage, bags=4, pooling=8, weighted=True)
@@ -275,7 +259,7 @@ ERRORS = {
 
 @cache
 def _error_cases(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     cases = {}
     for label, (options, _, _) in ERRORS.items():
         work = EmbeddingBag(**{"rows": (60,), "dim": 24, "storage": kernel.storage, **options})
@@ -283,7 +267,7 @@ def _error_cases(name):
     return _compile({c.symbol: c for c in cases.values()}.values(), target), cases
 
 
-@pytest.mark.parametrize("name", _params(NAMES[4:6]))
+@pytest.mark.parametrize("name", marked(NAMES[4:6]))
 @pytest.mark.parametrize("label", ERRORS)
 def test_error(name, label):
     library, cases = _error_cases(name)
@@ -300,7 +284,7 @@ def test_error(name, label):
 @ONE
 @pytest.mark.parametrize("threads", (1, 2))
 def test_error_in_a_thread(name, threads):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     work = EmbeddingBag((60, 70), 16, "u8", pooling=30)
     tables = replace(_tables(work, 0), names=("first", "zweite" * 40))
     function = kernel.build(work, kernel.default(work, target), target)
@@ -318,7 +302,7 @@ def test_error_in_a_thread(name, threads):
 # ---- selection and packing ----
 @KERNELS
 def test_refuses(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     work = EmbeddingBag((4,), 16, kernel.storage, pooling=1)
     assert kernel.refuses(work) is None
     assert kernel.op == work.op == "embedding_bag"
@@ -335,7 +319,7 @@ def test_refuses(name):
 @ONE
 def test_pieces(name):
     """Tables given in blocks of rows are packed as whole ones are; too few rows are noticed."""
-    kernel, _ = _kernel(name)
+    kernel, _ = load(name)
     work = EmbeddingBag((10, 3), 20, "u8", pooling=1)
     tables = _tables(work, 0)
     packed = kernel.pack(work, tables, None)

@@ -8,31 +8,20 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import pytest
+from kernels import listed, load, marked
 from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
 import tvm
 
-from dccompile import machine, reference, schedules
+from dccompile import reference
 from dccompile.workload import NUMPY, Gemm, GemmWeights
 
-NAMES = [n.rpartition(".")[2] for n in schedules.KERNELS if "gemm_f32" in n]
-TARGETS = {"avx512": machine.TARGETS["x86-64-v4"], "avx2": machine.TARGETS["x86-64-v3"]}
+NAMES = listed("gemm_f32")
 ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 24, 25, 129)  # of calls with a symbolic m
 EPSILON = 2.0**-24  # half the distance of 1 to the next f32
-KERNELS = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=getattr(pytest.mark, name.rpartition("_")[2])) for name in NAMES],
-)
-
-
-def _kernel(name):
-    kernel = next(k for k in schedules.load() if k.name == name)
-    missing = machine.missing_features(kernel.features)
-    if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return kernel, TARGETS[name.rpartition("_")[2]]
+KERNELS = pytest.mark.parametrize("name", marked(NAMES))
 
 
 class Case:
@@ -137,7 +126,7 @@ def _shapes(mr, columns):
 
 @lru_cache(maxsize=len(NAMES))
 def _shape_cases(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     probe = kernel.default(Gemm(64, 512, 512, "f32", kernel.weights, "f32"), target)
     cases = {}
     for i, (label, shape) in enumerate(_shapes(probe.mr, probe.nr * probe.lanes).items()):
@@ -159,7 +148,7 @@ def test_shape(name, label):
 @KERNELS
 def test_params(name):
     """A fourth of the points of the space, among them every value of every parameter."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     work = Gemm(13, 75, 9, "f32", kernel.weights, "f32", bias="f32")
     points = list(kernel.candidates(target))
     chosen = points[::4] + points[-1:]
@@ -174,7 +163,7 @@ def test_params(name):
 
 @KERNELS
 def test_activations(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     plain = Gemm(11, 43, 19, "f32", kernel.weights, "f32")
     small = replace(kernel.default(plain, target), mr=4, nr=1)
     cases = [Case(kernel, target, replace(plain, **e), small) for e in EPILOGUES]
@@ -185,7 +174,7 @@ def test_activations(name):
 
 @KERNELS
 def test_default_is_a_candidate(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     for shape in (*_shapes(6, 64).values(), (1, 1, 1), (None, 4096, 8192), (156800, 8, 36)):
         params = kernel.default(Gemm(*shape, "f32", kernel.weights, "f32"), target)
         assert params in set(kernel.candidates(target))
@@ -195,7 +184,7 @@ def test_default_is_a_candidate(name):
 @KERNELS
 def test_special_values(name):
     """A NaN survives every activation, infinities meet the activations' limits."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     small = replace(
         kernel.default(Gemm(7, 21, 3, "f32", kernel.weights, "f32"), target), mr=4, nr=1
     )
@@ -222,7 +211,7 @@ def test_special_values(name):
 @KERNELS
 def test_special_weights(name):
     """Infinite and NaN weights reach their own column only, not those padded or beside it."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     case = Case(kernel, target, Gemm(5, 19, 4, "f32", kernel.weights, "f32", activation="relu"))
     case.weights.b[1, 3], case.weights.b[2, 18] = np.inf, np.nan
     a = np.abs(case.a(5))
@@ -238,7 +227,7 @@ def test_like_onnxruntime(name):
     """MatMul + Add + Relu and Clip of NaN, infinities and numbers, as ONNX Runtime has them."""
     onnxruntime = pytest.importorskip("onnxruntime")
     helper = pytest.importorskip("onnx").helper
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     for epilogue in (EPILOGUES[2], EPILOGUES[4]):
         case = Case(kernel, target, Gemm(8, 20, 6, "f32", kernel.weights, "f32", **epilogue))
         b, bias = case.weights.b.astype(np.float32), case.weights.bias
@@ -274,7 +263,7 @@ def test_like_onnxruntime(name):
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past A is read (that would be a segmentation fault), nothing around C is written."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     shapes = [(16, n, k) for n, k in ((1, 1), (5, 2), (9, 3), (21, 5), (45, 33), (67, 39))]
     shapes += [(1, 19, 64), (None, 19, 13)]
     cases = [
@@ -296,7 +285,7 @@ def test_memory_bounds(name):
 
 @KERNELS
 def test_refuses(name):
-    kernel, _ = _kernel(name)
+    kernel, _ = load(name)
     work = Gemm(4, 16, 16, "f32", kernel.weights, "f32")
     assert kernel.refuses(work) is None
     assert kernel.refuses(replace(work, m=None, bias="f32", activation="tanh")) is None

@@ -8,35 +8,19 @@ from functools import cache
 
 import numpy as np
 import pytest
+from kernels import listed, load, marked
 from memory import aligned, before_a_hole, tensor
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
 import tvm
 
-from dccompile import machine, reference, schedules
+from dccompile import reference
 from dccompile.workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
 
-NAMES = [n.rpartition(".")[2] for n in schedules.KERNELS if "gemm_u8s" in n]
-TARGETS = {m.isa: m for m in machine.TARGETS.values()}
+NAMES = listed("gemm_u8s")
 ROW_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 13, 24, 25, 129)  # of calls with a symbolic m
-
-
-def _params(names):
-    return [
-        pytest.param(name, marks=getattr(pytest.mark, name.rpartition("_")[2])) for name in names
-    ]
-
-
-KERNELS = pytest.mark.parametrize("name", _params(NAMES))
-
-
-def _kernel(name):
-    kernel = next(k for k in schedules.load() if k.name == name)
-    missing = machine.missing_features(kernel.features)
-    if missing:
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return kernel, TARGETS[name.rpartition("_")[2]]
+KERNELS = pytest.mark.parametrize("name", marked(NAMES))
 
 
 # ---- data ----
@@ -161,7 +145,7 @@ def _shapes(mr, columns):
 
 @cache
 def _shape_cases(name):
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     bits = 7 if kernel.seven_bits else 8
     cases = {}
     probe = kernel.default(Gemm(64, 512, 512, "u8", "s8", "u8", b_bits=bits), target)
@@ -188,7 +172,7 @@ def test_shape(name, label):
 @KERNELS
 def test_options(name):
     """Operands x outputs on a shape with every kind of tail."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     small = replace(next(iter(kernel.candidates(target))), mr=2, nr=2)
     bits = 7 if kernel.seven_bits else 8
     cases = [
@@ -214,7 +198,7 @@ def test_options(name):
 @KERNELS
 def test_params(name):
     """Every point of the space that the machine has registers for, on two by two tiles."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     bits = 7 if kernel.seven_bits else 8
     cases = []
     for params in kernel.candidates(target):
@@ -230,7 +214,7 @@ def test_params(name):
 @KERNELS
 def test_overflow(name):
     """Results beyond 2**31, infinities and NaN end where ONNX Runtime and IEEE put them."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     plain = {"m": 5, "n": 24, "k": 133, "b": "s8", "b_bits": 7 if kernel.seven_bits else 8}
     outs = ("to_u8", "to_s8_clamp", "to_f32", "to_f32_relu", "to_f32_clip")
     cases = []
@@ -253,7 +237,7 @@ def test_overflow(name):
 @KERNELS
 def test_memory_bounds(name):
     """Nothing past A is read (that would be a segmentation fault), nothing around C is written."""
-    kernel, target = _kernel(name)
+    kernel, target = load(name)
     bits = 7 if kernel.seven_bits else 8
     shapes = [(64, n, k) for n, k in ((1, 1), (5, 2), (9, 3), (19, 5), (45, 33), (70, 39))]
     shapes += [(1, 27, 64), (None, 13, 13)]
@@ -277,7 +261,7 @@ def test_memory_bounds(name):
 
 @KERNELS
 def test_refuses(name):
-    kernel, _ = _kernel(name)
+    kernel, _ = load(name)
     work = Gemm(4, 16, 16, "u8", "s8", "u8", b_bits=7)
     assert kernel.refuses(work) is None
     assert kernel.refuses(replace(work, a="s8", m=None)) is None

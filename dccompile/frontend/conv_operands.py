@@ -10,7 +10,7 @@ from dccompile.workload import ConvWeights
 from .editor import Editor, operand
 from .epilogue import Epilogue
 from .products import check_scale
-from .quantized import INT8, Constant, Refused
+from .quantized import INT8, Constant, Refused, check_codes
 
 
 def kernel_order(b: np.ndarray) -> np.ndarray:
@@ -22,20 +22,14 @@ def kernel_order(b: np.ndarray) -> np.ndarray:
 
 def check_weights(weights: Constant) -> None:
     """Raises Refused unless weights are 8-bit, per tensor or per filter, and fit s8."""
-    if weights.scale is None or weights.zero is None:
-        raise Refused("weights are not quantized")
-    kind = weights.values.dtype
-    if kind.name not in ("int8", "uint8", "int4", "uint4", "int2", "uint2"):
-        raise Refused(f"weights are {kind.name}, not 8-bit")
-    if weights.scale.dtype != np.float32:
-        raise Refused("weight scale is not float32")
     filters = weights.values.shape[0]
-    if weights.scale.size != 1 and not (
-        weights.scale.size == filters and weights.scale.shape[0] == filters
-    ):
-        raise Refused("weights are not scaled per tensor or per filter")
-    if not (np.isfinite(weights.scale).all() and (weights.scale > 0).all()):
-        raise Refused("a weight scale is not positive and finite")
+
+    def misplaced(scale: np.ndarray) -> str:
+        fits = scale.size == 1 or (scale.size == filters and scale.shape[0] == filters)
+        return "" if fits else "weights are not scaled per tensor or per filter"
+
+    check_codes(weights, misplaced)
+    assert weights.zero is not None
     wide = weights.values.astype(np.int32) - weights.zero
     if wide.min() < -128 or wide.max() > 127:
         raise Refused("asymmetric weights do not fit signed 8 bits")

@@ -37,7 +37,7 @@ class Pool(Converter):
         kind = node.attr["kind"]
         kind = kind.decode() if isinstance(kind, bytes) else str(kind)
         if kind == "GlobalMax":
-            return node.bb.emit_te(_greatest, x, primfunc_name_hint="global_max_pool")
+            return node.bb.emit_te(greatest, x, 1, primfunc_name_hint="global_max_pool")
         if kind == "Sum":
             fill = int(node.attr.get("fill", 0))
             return node.bb.emit_te(
@@ -60,15 +60,20 @@ class Pool(Converter):
         )
 
 
-def _greatest(x: te.Tensor) -> te.Tensor:
-    """The greatest element of every channel that is not NaN."""
-    over = [te.reduce_axis((0, extent), "k") for extent in x.shape[1:-1]]
+def greatest(x: te.Tensor, first: int) -> te.Tensor:
+    """The greatest element of every channel that is not NaN; pixels are dims from `first` on."""
+    last = first + len(x.shape) - 2
+    over = [te.reduce_axis((0, extent), "k") for extent in x.shape[first:last]]
     best = te.comm_reducer(
         lambda a, b: tirx.Select(b > a, b, a), lambda t: tirx.min_value(str(t)), name="max"
     )
     ones = [tirx.const(1, "int64")] * len(over)
-    shape = [x.shape[0], *ones, x.shape[-1]]
-    return te.compute(shape, lambda n, *i: best(x(n, *over, i[-1]), axis=over), name="max")
+    shape = [*x.shape[:first], *ones, *x.shape[last:]]
+
+    def body(*i: Any) -> Any:
+        return best(x(*i[:first], *over, *i[last:]), axis=over)
+
+    return te.compute(shape, body, name="max")
 
 
 def _sum(

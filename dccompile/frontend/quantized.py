@@ -150,6 +150,21 @@ def activation_operand(editor: Editor, name: str) -> Activation | None:
 
 def check_weights(weights: Constant) -> None:
     """Raises Refused unless the (k, n) weights are quantized per tensor or per column."""
+
+    def misplaced(scale: np.ndarray) -> str:
+        if not scale.ndim or scale.shape[0] == 1:
+            return ""
+        blocked = scale.size == weights.values.size
+        return "weights are scaled in blocks" if blocked else "weights are scaled per row"
+
+    check_codes(weights, misplaced)
+
+
+def check_codes(weights: Constant, misplaced: Callable[[np.ndarray], str]) -> None:
+    """Raises Refused unless weights are 8-bit with positive scales.
+
+    `misplaced` says what is wrong with the dims of the scale, "" if nothing is.
+    """
     if weights.scale is None or weights.zero is None:
         raise Refused("weights are not quantized")
     kind = weights.values.dtype
@@ -157,9 +172,8 @@ def check_weights(weights: Constant) -> None:
         raise Refused(f"weights are {kind.name}, not 8-bit")
     if weights.scale.dtype != np.float32:
         raise Refused("weight scale is not float32")
-    if weights.scale.ndim and weights.scale.shape[0] != 1:
-        blocked = weights.scale.size == weights.values.size
-        raise Refused("weights are scaled in blocks" if blocked else "weights are scaled per row")
+    if reason := misplaced(weights.scale):
+        raise Refused(reason)
     if not (np.isfinite(weights.scale).all() and (weights.scale > 0).all()):
         raise Refused("a weight scale is not positive and finite")
 

@@ -16,6 +16,7 @@ from dccompile.generic.lanes import local
 from dccompile.generic.topk import top
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
+from .pooling import greatest
 from .symbols import spell
 
 
@@ -168,15 +169,7 @@ class GlobalMaxPool(Converter):
 
     @classmethod
     def convert(cls, node: Node) -> Any:
-        def build(x: te.Tensor) -> te.Tensor:
-            over = [te.reduce_axis((0, e), "k") for e in x.shape[2:]]
-            best = te.comm_reducer(
-                lambda a, b: tirx.Select(b > a, b, a), lambda t: tirx.min_value(str(t)), name="max"
-            )
-            shape = [*x.shape[:2], *[tirx.const(1, "int64")] * len(over)]
-            return te.compute(shape, lambda n, c, *_: best(x(n, c, *over), axis=over), name="max")
-
-        return node.compute(build, node.get(0))
+        return node.compute(lambda x: greatest(x, 2), node.get(0))
 
 
 class OneHot(Converter):

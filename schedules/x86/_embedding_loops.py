@@ -10,7 +10,7 @@ from typing import Any
 
 from ._embedding import HEADER, NAME, layout
 from ._embedding_gather import Ahead, Bag, Gather
-from ._ir import T, bits, i64, intrinsic, local, prim_func, ramp, splat, tirx
+from ._ir import T, bits, i64, intrinsic, local, prim_func, ramp, shared, splat, tirx
 from ._raise import raise_error
 
 _PARALLEL_US = 50.0  # work below this is not worth waking other threads, which takes about 5 us
@@ -75,10 +75,7 @@ class Builder(Gather):
         if not parallel:
             self._bags(i64(0), total)
             return
-        chunk = T.Bind(tirx.floordiv(total + (_UNITS - 1), i64(_UNITS)))
-        with T.parallel(i64(0), tirx.floordiv(total + (chunk - 1), chunk)) as unit:
-            first = T.Bind(unit * chunk)
-            self._bags(first, T.Bind(tirx.min(first + chunk, total)))
+        shared(total, _UNITS, self._bags)
 
     def _bags(self, first: Any, last: Any) -> None:
         """Bags first..last-1, counted table by table."""

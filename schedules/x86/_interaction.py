@@ -22,7 +22,7 @@ import numpy as np
 from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Interaction
-from ._ir import T, i64, intrinsic, masked_store, prim_func, ramp, splat, tirx
+from ._ir import T, i64, intrinsic, masked_store, prim_func, ramp, shared, splat, tirx
 
 _PARALLEL_US = 50.0  # work below this is not worth waking other threads, which takes about 5 us
 _UNITS = 16  # parallel units to aim at
@@ -100,10 +100,7 @@ class _Builder:
         if not parallel:
             self._samples(i64(0), bags)
             return
-        chunk = T.Bind(tirx.floordiv(bags + (_UNITS - 1), i64(_UNITS)))
-        with T.parallel(i64(0), tirx.floordiv(bags + (chunk - 1), chunk)) as unit:
-            first = T.Bind(unit * chunk)
-            self._samples(first, T.Bind(tirx.min(first + chunk, bags)))
+        shared(bags, _UNITS, self._samples)
 
     def _samples(self, first: Any, last: Any) -> None:
         xt = T.alloc_buffer((self.work.dim * self.columns,), "float32", scope="local")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ __all__ = [
     "masked_store",
     "prim_func",
     "ramp",
+    "shared",
     "splat",
     "tirx",
 ]
@@ -67,6 +68,14 @@ def bits(dtype: str, value: Any) -> Any:
 def intrinsic(dtype: str, name: str, *args: Any) -> Any:
     """A pure LLVM intrinsic. One that the target lacks aborts the compiler: gate on features."""
     return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def shared(total: Any, units: int, body: Callable[[Any, Any], None]) -> None:
+    """body(first, last) of 0 .. total - 1, int64, in about `units` equal parts for the threads."""
+    chunk = T.Bind(tirx.floordiv(total + (units - 1), i64(units)))
+    with T.parallel(i64(0), tirx.floordiv(total + (chunk - 1), chunk)) as unit:
+        first = T.Bind(unit * chunk)
+        body(first, T.Bind(tirx.min(first + chunk, total)))
 
 
 def masked_store(buffer: Any, index: Any, value: Any, lanes: int, valid: int) -> None:

@@ -1,0 +1,30 @@
+"""Kernels by name: as parameters of tests, and loaded where this CPU can run them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dccompile import machine, schedules
+
+TARGETS = {m.isa: m for m in machine.TARGETS.values()}
+
+
+def listed(part):
+    """Names of the list that have `part` in them."""
+    return [n for n in (k.rpartition(".")[2] for k in schedules.KERNELS) if part in n]
+
+
+def marked(names):
+    """Parameters with the marker of their instruction set."""
+    return [
+        pytest.param(name, marks=getattr(pytest.mark, name.rpartition("_")[2])) for name in names
+    ]
+
+
+def load(name):
+    """The kernel and the target of its instruction set; skips where the CPU lacks that."""
+    kernel = next(k for k in schedules.load() if k.name == name)
+    missing = machine.missing_features(kernel.features)
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    return kernel, TARGETS[name.rpartition("_")[2]]
