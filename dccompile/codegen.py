@@ -8,7 +8,6 @@ built together with their code, by the process that misses them.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import json
@@ -28,6 +27,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from . import fingerprint
 from .cache import Cache
 from .generic import legalize, stack
 from .machine import Machine
@@ -146,16 +146,7 @@ def _contracts() -> str:
 @lru_cache(maxsize=None)  # noqa: UP033
 def _with_imports(path: Path) -> str:
     """Digest of a Python file and of those in its folder that it imports, directly or not."""
-    found = {path}
-    new = [path]
-    while new:
-        for node in ast.walk(ast.parse(new.pop().read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names = [node.module] if node.module else [a.name for a in node.names]
-                siblings = {path.with_name(f"{n.partition('.')[0]}.py") for n in names}
-                new += siblings - found
-                found |= siblings
-    return _sources(*sorted(found))
+    return _sources(*fingerprint.imported_files(path))
 
 
 def _sources(*paths: Path) -> str:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cache, errors
+from . import cache, errors, lookup
 from .errors import Error, Problem, UsageError
-from .machine import resolve
 from .runtime import artifact
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ def compile(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str = "keep",
     embedding: str = "keep",
+    tuning: str | os.PathLike[str] | None = None,
+    require_tuned: bool = False,
     name: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     timeout: float = 3600.0,
@@ -76,9 +77,12 @@ def compile(
     dims or gives them a range: ``{"x": ("1..64", 13)}``. `precision` 'fp16-weights' stores the
     weights of float matrix multiplications in fp16 and computes in f32. `embedding` is how the rows
     of embedding tables are stored: fp16, or int8 or int4 codes with a scale and bias for every row.
+    `tuning` is a folder of tuning logs: the packaged ones by default, 'none' for none. With
+    `require_tuned` every hand-written kernel must have a record in them.
 
     Raises ModelError or UnsupportedError with every problem of the model, UsageError for a wrong
-    argument, Error where the compiler itself fails.
+    argument, TuningError listing the kernels without a record, Error where the compiler itself
+    fails.
     """
     if precision not in PRECISIONS:
         raise UsageError(
@@ -96,11 +100,14 @@ def compile(
             "DC1012",
         )
     names = [targets] if isinstance(targets, str) else list(targets)
-    machines = list(dict.fromkeys(resolve(t).name for t in names))
+    machines = lookup.cpus(names)
     if not machines:
         raise UsageError("targets: none given. Fix: name one, e.g. host", "DC2011")
+    logs = lookup.logs(tuning)
     job: dict[str, Any] = {
         "targets": machines,
+        "logs": {"folder": logs and str(logs), "name": lookup.name(tuning)},
+        "require_tuned": require_tuned,
         "shapes": {k: list(v) for k, v in shapes.items()} if shapes else None,
         "precision": precision,
         "embedding": embedding,

@@ -20,6 +20,11 @@ def out(text: str = "") -> None:
     print(text, file=sys.stdout)
 
 
+def warn(text: str) -> None:
+    """One line on stderr, also where progress is not shown."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def document(verb: str, body: dict[str, Any]) -> None:
     """The one JSON document of ``--json``."""
     print(json.dumps({"schema": f"dccompile.{verb}/1", **body}, indent=1), file=sys.stdout)
@@ -75,6 +80,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    @property
+    def live(self) -> bool:
+        """Whether steps replace each other: else every one is a line that stays."""
+        return self._bar is not None
 
     def step(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """Announces what happens now; `done` of `total` where the number of steps is known."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -23,6 +23,9 @@ from .workload import (
     GemmWeights,
     Interaction,
 )
+
+# Points of the space whose estimate is so much worse than the best one are not worth a trial.
+_HOPELESS = 1.3
 
 WorkloadT = TypeVar("WorkloadT", Gemm, Conv, EmbeddingBag, Interaction)
 WeightsT = TypeVar("WeightsT", GemmWeights, ConvWeights, EmbeddingTables, None)
@@ -78,10 +81,33 @@ class Kernel(ABC, Generic[WorkloadT, WeightsT]):
         open.
         """
 
-    def candidates(self, machine: Machine) -> Iterator[Any]:
-        """Every point of the space whose registers the machine has."""
+    def effect(self, workload: WorkloadT, params: Any) -> Hashable:
+        """What the code for a workload depends on: points of equal effect are the same code."""
+        return params
+
+    def estimate(self, workload: WorkloadT, params: Any, machine: Machine) -> float:
+        """Estimated time in a unit of the kernel's own: what a point is worth trying for."""
+        return 1.0
+
+    def candidates(self, machine: Machine, workload: WorkloadT | None = None) -> Iterator[Any]:
+        """Every point of the space whose registers the machine has.
+
+        With a workload: the default first, then the points with an effect of their own that are
+        not hopeless by `estimate`, the best of it first, so that each of them is worth a trial.
+        """
         names = list(self.SPACE)
-        for values in itertools.product(*self.SPACE.values()):
-            params = self.Params(**dict(zip(names, values, strict=True)))
-            if self.registers(params) <= machine.registers:
+        values = itertools.product(*self.SPACE.values())
+        points = (self.Params(**dict(zip(names, v, strict=True))) for v in values)
+        points = (p for p in points if self.registers(p) <= machine.registers)
+        if workload is None:
+            yield from points
+            return
+        default = self.default(workload, machine)
+        distinct = {self.effect(workload, default): default}
+        for params in points:
+            distinct.setdefault(self.effect(workload, params), params)
+        estimates = {p: self.estimate(workload, p, machine) for p in distinct.values()}
+        most = _HOPELESS * min(estimates.values())
+        for params in sorted(estimates, key=lambda p: (p is not default, estimates[p])):
+            if params is default or estimates[params] <= most:
                 yield params

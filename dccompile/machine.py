@@ -81,6 +81,22 @@ def cpu_name() -> str:
     return "unknown"
 
 
+@lru_cache(maxsize=1)
+def cpu_type() -> str:
+    """This host's kind of CPU, e.g. ``amd-25-17``: vendor, family and model, or ``unknown``."""
+    found: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(found.get("vendor_id", ""))
+    if vendor is None or not {"cpu family", "model"} <= found.keys():
+        return "unknown"
+    return f"{vendor}-{found['cpu family']}-{found['model']}"
+
+
 def missing_features(features: tuple[str, ...] | list[str]) -> list[str]:
     """Features in the list that this host lacks."""
     have = host_features()

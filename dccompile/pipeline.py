@@ -18,9 +18,10 @@ from tvm import tirx
 
 from . import aot, codegen, linker
 from .cache import Cache
-from .errors import UnsupportedError
+from .errors import TuningError, UnsupportedError
 from .frontend import convert, gate, operators, recover
 from .generic import legalize
+from .lookup import Tuning
 from .machine import Machine
 from .runtime import params
 from .runtime.params import Stream
@@ -43,6 +44,7 @@ class Lowered:
     program: aot.Program
     placed: list[convert.Placed]
     unscheduled: dict[str, str]  # functions that the generic schedule left alone, and why
+    warnings: list[str]  # about the tuning logs
 
 
 @dataclass
@@ -91,9 +93,14 @@ def front(
     return Front(graph, recovered)
 
 
-def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
-    """Everything up to code generation for one machine; adds its constants."""
-    imported = convert.to_relax(front.recovered, machine, front.graph.symbols)
+def lower(
+    front: Front, machine: Machine, constants: Constants, tuning: Tuning | None = None
+) -> Lowered:
+    """Everything up to code generation for one machine; adds its constants.
+
+    Kernels have the parameters of the `tuning` logs of this machine, where these speak of them.
+    """
+    imported = convert.to_relax(front.recovered, machine, front.graph.symbols, tuning)
     mod, unscheduled = legalize.fuse(imported.mod, machine)
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     requirements = [(r.condition, r.message) for r in imported.requirements]
@@ -103,7 +110,39 @@ def lower(front: Front, machine: Machine, constants: Constants) -> Lowered:
     )
     left = {codegen.symbol(name, mod[name]): why for name, why in unscheduled.items()}
     units = _units(functions, imported.placed, machine)
-    return Lowered(machine, units, program, imported.placed, left)
+    warnings = tuning.warnings if tuning else []
+    return Lowered(machine, units, program, imported.placed, left, warnings)
+
+
+def kernels(low: Lowered) -> list[dict[str, Any]]:
+    """What a manifest says about the hand-written kernels of a variant."""
+    return [
+        {
+            "symbol": p.symbol,
+            **p.choice.to_json(),
+            "workload": p.site.workload.to_json(),
+            "node": p.site.name,
+        }
+        for p in low.placed
+    ]
+
+
+def refuse_untuned(model: str, lowered: Sequence[Lowered]) -> None:
+    """Raises TuningError, listing them, where kernels have no tuning record."""
+    for low in lowered:
+        lacking = {
+            f"{p.choice.kernel.name} ({p.choice.workload.describe()})": None
+            for p in low.placed
+            if p.choice.source == "default"
+        }
+        if lacking:
+            target = low.machine.name
+            count = f"{len(lacking)} kernel{'s have' if len(lacking) > 1 else ' has'}"
+            raise TuningError(
+                f"'{model}' for {target}: {count} no tuning record, --require-tuned allows none: "
+                f"{'; '.join(lacking)}. Fix: dccompile tune MODEL --target {target}",
+                "DC7020",
+            )
 
 
 def _units(

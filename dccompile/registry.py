@@ -8,22 +8,31 @@ from typing import Any
 
 from .errors import ScheduleError
 from .kernel import Kernel
+from .lookup import Tuning
 from .machine import Machine
-from .workload import Conv, EmbeddingBag, Gemm, Interaction
+from .workload import Workload
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel with parameters, and why: `source` is exact, nearest, family or default."""
+    """A kernel with parameters, and why: `source` is exact, nearest, family or default.
 
-    workload: Gemm | Conv | EmbeddingBag | Interaction
+    `record` is the id of the tuning record that speaks, `gain` what was gained where it was made.
+    """
+
+    workload: Workload
     kernel: Kernel
     params: Any
     source: str
     why: str
+    record: str | None = None
+    gain: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.kernel.name, "params": asdict(self.params), "source": self.source}
+        said = {"name": self.kernel.name, "params": asdict(self.params), "source": self.source}
+        if self.record is None:
+            return {**said, "why": self.why}
+        return {**said, "why": self.why, "record": self.record, "gain": self.gain}
 
 
 @lru_cache(maxsize=1)
@@ -39,9 +48,10 @@ def runnable(machine: Machine) -> list[Kernel]:
     return [k for k in kernels() if set(k.features) <= set(machine.features)]
 
 
-def select(workload: Gemm | Conv | EmbeddingBag | Interaction, machine: Machine) -> Choice:
+def select(workload: Workload, machine: Machine, tuning: Tuning | None = None) -> Choice:
     """The first kernel of the list that the machine can run and that takes the workload.
 
+    Its parameters are those of the tuning record that speaks for the workload, if one does.
     Raises ScheduleError, with every refusal, where there is none.
     """
     refusals = []
@@ -50,6 +60,11 @@ def select(workload: Gemm | Conv | EmbeddingBag | Interaction, machine: Machine)
             continue
         reason = kernel.refuses(workload)
         if reason is None:
+            found = tuning.find(kernel, workload, machine) if tuning else None
+            if found:
+                record = found.record
+                said = (found.source, found.why, record.id, record.gain)
+                return Choice(workload, kernel, found.params, *said)
             params = kernel.default(workload, machine)
             why = "no tuning record: the default of its analytical model"
             return Choice(workload, kernel, params, "default", why)

@@ -68,6 +68,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     sandbox.start()  # while TVM is imported
     from . import pipeline, threadpool
+    from .lookup import Tuning
     from .machine import TARGETS
     from .runtime import artifact
 
@@ -76,9 +77,13 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     front = pipeline.front(model, job["shapes"], job["precision"], job["embedding"])
     constants = pipeline.Constants()
     lowered = []
-    for name in job["targets"]:
+    logs = job["logs"]["folder"]
+    for name, cpu in job["targets"].items():
         say("lower", target=name)
-        lowered.append(pipeline.lower(front, TARGETS[name], constants))
+        tuning = Tuning(Path(logs) if logs else None, name, cpu)
+        lowered.append(pipeline.lower(front, TARGETS[name], constants, tuning))
+    if job["require_tuned"]:
+        pipeline.refuse_untuned(job["name"], lowered)
     (folder / "lib").mkdir()
     (folder / artifact.RUNTIME).parent.mkdir()
     libraries = [folder / "lib" / f"{low.machine.name}.so" for low in lowered]
@@ -111,20 +116,12 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
     import tvm
     import tvm_ffi
 
+    from . import pipeline
     from .frontend.tables import report
 
     graph = front.graph
     variants = []
     for low in lowered:
-        kernels = [
-            {
-                "symbol": p.symbol,
-                **p.choice.to_json(),
-                "workload": p.site.workload.to_json(),
-                "node": p.site.name,
-            }
-            for p in low.placed
-        ]
         work = low.program.workspace
         variants.append(
             {
@@ -132,7 +129,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
                 "features": list(low.machine.features),
                 "library": f"lib/{low.machine.name}.so",
                 "params": "params.safetensors",
-                "kernels": kernels,
+                "kernels": pipeline.kernels(low),
                 "steps": [s.name for s in low.program.steps],
                 "unscheduled": low.unscheduled,
                 "workspace": work if isinstance(work, int) else None,
@@ -155,6 +152,10 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
         "variants": variants,
         "nodes": nodes,
         "tables": tables,
+        "tuning": {
+            "logs": job["logs"]["name"],
+            "warnings": [line for low in lowered for line in low.warnings],
+        },
         "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
         "runtime": {"tvm_ffi": tvm_ffi.__version__},
     }

@@ -6,12 +6,15 @@ schedules, tuning records and benches all speak of these records.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
+_TABLES = 1 << 30  # bytes
+_CLIP = (0.0, 6.0)  # what stands for the bounds of any activation 'clip' in tuning
 INT8_LIMITS = {"u8": (0, 255), "s8": (-128, 127)}
 NUMPY = {
     "u8": "uint8",
@@ -82,6 +85,12 @@ class Gemm:
         extra += [self.activation] if self.activation != "none" else []
         extra += ["runtime-scaled"] if self.runtime else []
         return " ".join([f"gemm {self.dtypes} {m}x{self.n}x{self.k} -> {self.out}", *extra])
+
+    def representative(self) -> Gemm:
+        """The workload that stands for this one in tuning: what no speed depends on is the same."""
+        low, high = INT8_LIMITS.get(self.out, (0, 0))
+        clamp = (low + 1, high - 1) if self.clamp else None  # both ends do something
+        return replace(self, zero_point=0, clamp=clamp, clip=_CLIP if self.clip else None)
 
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **asdict(self)}
@@ -248,6 +257,10 @@ class Conv:
         parts += [self.activation] if self.activation != "none" else []
         return " ".join(parts)
 
+    def representative(self) -> Conv:
+        """The workload that stands for this one in tuning."""
+        return replace(self, clip=_CLIP if self.clip else None)
+
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **asdict(self)}
 
@@ -337,12 +350,25 @@ class EmbeddingBag:
     def dtypes(self) -> str:
         return f"{self.storage}f32"
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"rows": self.rows, "dim": self.dim, "bags": self.bags, "pooling": self.pooling}
+
     def describe(self) -> str:
         tables = f"{self.tables} x " if self.tables > 1 else ""
         return (
             f"embedding_bag {self.storage} {tables}{max(self.rows)}x{self.dim}, "
             f"{self.layout} bags, {self.mode}{' weighted' if self.weighted else ''}"
         )
+
+    def representative(self) -> EmbeddingBag:
+        """The workload that stands for this one in tuning: tables of at most 1 GiB in all.
+
+        More rows are as slow, as no row is in a cache already, and need more memory to measure.
+        """
+        most = max(1, _TABLES // (self.tables * self.row_bytes))
+        rows = tuple(min(count, most) for count in self.rows)
+        return replace(self, rows=rows, padding=None if self.padding is None else 0)
 
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **asdict(self)}
@@ -382,6 +408,10 @@ class Interaction:
     def pairs(self) -> int:
         return self.vectors * (self.vectors - 1) // 2 + self.vectors * self.diagonal
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        return {"bags": self.bags, "vectors": self.vectors, "dim": self.dim}
+
     def row(self, i: int) -> range:
         """The j that vector i is multiplied with."""
         own = int(self.diagonal)
@@ -391,5 +421,74 @@ class Interaction:
         bags = "?" if self.bags is None else str(self.bags)
         return f"interaction f32 {bags}x{self.vectors}x{self.dim}, {self.order} triangle"
 
+    def representative(self) -> Interaction:
+        """The workload that stands for this one in tuning: itself."""
+        return self
+
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **asdict(self)}
+
+
+Workload = Gemm | Conv | EmbeddingBag | Interaction
+_OPS: dict[str, Any] = {kind.op: kind for kind in (Gemm, Conv, EmbeddingBag, Interaction)}
+
+
+def from_json(data: Mapping[str, Any]) -> Workload:
+    """The workload that `to_json` wrote, also if JSON made lists of its tuples.
+
+    Raises ValueError, with the reason, for an unknown operator, fields that are missing, unknown,
+    or of another kind than the operator's, and sizes that no tensor has.
+    """
+    values = dict(data)
+    op = values.pop("op", None)
+    kind = _OPS.get(op) if isinstance(op, str) else None
+    if kind is None:
+        raise ValueError(f"operator {op!r}, known are {', '.join(_OPS)}")
+    known = {f.name: f for f in fields(kind)}
+    unknown = sorted(values.keys() - known)
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
+    if unknown or missing:
+        lacks = [f"lacks {', '.join(missing)}"] if missing else []
+        has = [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        raise ValueError(f"{op} {' and '.join([*lacks, *has])}")
+    for name, value in values.items():
+        values[name] = value = tuples(value)
+        if name == "residual" and isinstance(value, Mapping):
+            try:
+                values[name] = Residual(**value)
+            except TypeError:
+                raise ValueError(f"{op}: residual {dict(value)} is not one") from None
+        elif not _fits(value, str(known[name].type)):
+            raise ValueError(f"{op}: {name} is {value!r}, not {known[name].type}")
+    work: Workload = kind(**values)
+    for name, value in work.shape.items():
+        sizes = value if isinstance(value, tuple) else (value,)
+        if name != "pads" and not all(size is None or 0 < size < 1 << 31 for size in sizes):
+            raise ValueError(f"{op}: {name} is {value!r}, sizes are positive and below 2**31")
+    if isinstance(work, Conv):
+        if work.channels % work.groups or work.filters % work.groups:
+            raise ValueError(f"{op}: {work.groups} groups of {work.channels}, {work.filters}")
+        if min(work.outputs) < 1 or max(map(abs, sum(work.pads, ()))) >= 1 << 31:
+            raise ValueError(f"{op}: an output of {work.outputs}")
+    return work
+
+
+def tuples(value: Any) -> Any:
+    """What JSON made of tuples, as tuples again."""
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of the kind that a field's annotation names."""
+    if value is None:
+        return kind.endswith("None")
+    kind = kind.removesuffix(" | None")
+    if not isinstance(value, tuple):
+        return type(value).__name__ == kind or (kind == "float" and type(value) is int)
+    if not kind.startswith("tuple["):
+        return False
+    inner = kind[len("tuple[") : -1]
+    if inner.endswith(", ..."):
+        return all(_fits(v, inner[: -len(", ...")]) for v in value)
+    kinds = inner.split(", ")
+    return len(kinds) == len(value) and all(map(_fits, value, kinds))

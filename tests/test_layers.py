@@ -11,8 +11,9 @@ LAYERS = (
     {"errors", "machine", "sls"},
     {"workload", "kernel", "runtime"},
     {"streams"},
-    {"reference", "tables", "linker", "cache", "environment", "console"},
-    {"threadpool", "schedules"},
+    {"reference", "tables", "linker", "cache", "environment", "console", "fingerprint"},
+    {"threadpool", "schedules", "records"},
+    {"lookup"},
     {"registry", "generic", "models"},
     {"codegen"},
     {"frontend", "arena"},
@@ -21,6 +22,7 @@ LAYERS = (
     {"worker", "compiler", "checker"},
     {"sources"},
     {"bench"},
+    {"tuning"},
     {"cli"},
     {"__main__"},
 )
@@ -43,7 +45,7 @@ def imported(path: Path, package: tuple[str, ...]) -> set[str]:
     return found & set(LEVEL)
 
 
-PACKAGES = ("runtime", "generic", "frontend", "bench", "cli")
+PACKAGES = ("runtime", "generic", "frontend", "bench", "tuning", "cli")
 
 
 def modules() -> list[tuple[str, Path, tuple[str, ...]]]:

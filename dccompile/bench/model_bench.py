@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import sources
-from ..console import Progress
+from ..console import Progress, warn
 from ..sources import Source
 from . import measure
 from .peers import Peer, PeerError, Prepared, Torch, aligned, compare
@@ -36,6 +36,8 @@ def run(
     shapes: Mapping[str, Sequence[int | str]] | None,
     precision: str,
     embedding: str,
+    tuning: str | None,
+    require_tuned: bool,
     inputs: Sequence[str],
     batches: Sequence[int],
     threads: Sequence[int],
@@ -48,7 +50,7 @@ def run(
     if source.kind == "dcm" and peers:
         source.onnx()  # raises: the peers need the model itself
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder:
-        how = targets, shapes, precision, embedding
+        how = targets, shapes, precision, embedding, tuning, require_tuned
         path, compiled = artifact_of(source, *how, Path(folder), progress)
         rows = []
         for batch in batches:
@@ -64,6 +66,8 @@ def artifact_of(
     shapes: Mapping[str, Sequence[int | str]] | None,
     precision: str,
     embedding: str,
+    tuning: str | None,
+    require_tuned: bool,
     folder: Path,
     progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
@@ -80,9 +84,13 @@ def artifact_of(
         shapes=shapes,
         precision=precision,
         embedding=embedding,
+        tuning=tuning,
+        require_tuned=require_tuned,
         name=source.name,
         progress=lambda event: progress.step(f"compile: {event.get('step', '')}"),
     )
+    for line in made.manifest["tuning"]["warnings"]:
+        warn(line)
     path = made.save(folder / "model.dcm")
     return path, {"compile_seconds": round(time.perf_counter() - start, 2)}
 
@@ -111,10 +119,10 @@ def _bench(
             prepared[peer.name] = _prepare(peer, source, feeds, threads)
         except PeerError as error:
             results[peer.name] = {"reason": str(error)}
-    quantized = any(value.dtype.kind in "iu" for value in first) or _is_quantized(path)
+    quantized = any(value.dtype.kind in "iu" for value in first) or is_quantized(path)
     for name, ready in prepared.items():
         ready.call()
-        difference = _difference(source, first, ready.outputs())
+        difference = difference_of(source, first, ready.outputs())
         results[name] = {"difference": difference, "agrees": agrees(difference, quantized)}
         runners[name] = ready.call
     times = measure.interleave(runners, duration_s, warmup_s, threads)
@@ -149,7 +157,7 @@ def _feeds(source: Source, module: Any, inputs: Sequence[str], batch: int) -> di
     return sources.make_inputs(module.inputs, inputs, batch)
 
 
-def _is_quantized(path: Path) -> bool:
+def is_quantized(path: Path) -> bool:
     from ..runtime import artifact
 
     with artifact.read(path) as found:
@@ -166,7 +174,9 @@ def _prepare(peer: Peer, source: Source, feeds: Mapping[str, np.ndarray], thread
     return peer.prepare(source.onnx(), feeds, threads)
 
 
-def _difference(source: Source, ours: list[np.ndarray], theirs: list[np.ndarray]) -> dict[str, Any]:
+def difference_of(
+    source: Source, ours: list[np.ndarray], theirs: list[np.ndarray]
+) -> dict[str, Any]:
     if source.kind == "reference":
         from .. import models
 

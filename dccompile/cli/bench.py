@@ -40,6 +40,8 @@ def _model(options: Options, threads: list[int]) -> int:
             shapes=source.shapes(options.shape, batches),
             precision=options.precision,
             embedding=options.embedding,
+            tuning=options.tuning,
+            require_tuned=options.require_tuned,
             inputs=options.input,
             batches=batches,
             threads=threads,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,11 @@ from tvm import relax
 from tvm.relax.frontend.onnx import onnx_frontend
 
 from .. import codegen, registry
+from ..lookup import Tuning
 from ..machine import Machine
 from ..runtime.params import Stream
 from ..streams import Streams
+from ..workload import Workload
 from .bags import BagSite
 from .convolutions import ConvSite
 from .importer import Importer
@@ -33,6 +35,8 @@ from .recover import GemmSite, Recovered
 from .shapes import Range
 from .symbols import Computed, Requirement, Symbols
 from .tables import stored
+
+_Select = Callable[[Workload], registry.Choice]
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,14 @@ class Imported:
 
 
 def to_relax(
-    recovered: Recovered, machine: Machine, ranges: Mapping[str, Range] | None = None
+    recovered: Recovered,
+    machine: Machine,
+    ranges: Mapping[str, Range] | None = None,
+    tuning: Tuning | None = None,
 ) -> Imported:
     """Imports a recovered model for one machine; `ranges` of its symbols, at least 1 if absent.
+
+    Kernels have the parameters of the `tuning` logs, where these speak of them.
 
     Raises UnsupportedError naming the node that the importer cannot convert.
     """
@@ -66,14 +75,18 @@ def to_relax(
     placed: list[Placed] = []
     streams = Streams()
     symbols = Symbols(ranges)
+
+    def select(work: Workload) -> registry.Choice:
+        return registry.select(work, machine, tuning)
+
     importer = Importer(
         {
-            "DccGemm": _gemm_converter(recovered.gemms, machine, placed),
-            "DccEmbeddingBag": _bag_converter(recovered.bags, machine, placed, streams),
-            "DccConv": _conv_converter(recovered.convs, machine, placed),
+            "DccGemm": _gemm_converter(recovered.gemms, select, placed),
+            "DccEmbeddingBag": _bag_converter(recovered.bags, select, placed, streams),
+            "DccConv": _conv_converter(recovered.convs, select, placed),
             "DccPool": Pool,
             "DccRequantize": Requantize,
-            "DccInteraction": _interaction_converter(recovered.interactions, machine, placed),
+            "DccInteraction": _interaction_converter(recovered.interactions, select, placed),
         },
         symbols,
     )
@@ -83,13 +96,13 @@ def to_relax(
     return Imported(mod, placed, streams, symbols.requirements, symbols.computed)
 
 
-def _gemm_converter(sites: dict[str, GemmSite], machine: Machine, placed: list[Placed]) -> type:
+def _gemm_converter(sites: dict[str, GemmSite], select: _Select, placed: list[Placed]) -> type:
     class DccGemm(onnx_frontend.OnnxOpConverter):
         @classmethod
         def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
             site = sites[_text(attr["site"])]
             work = site.workload
-            choice, gvar = _kernel(bb, work, machine, f"{work.n}x{work.k}")
+            choice, gvar = _kernel(bb, work, select, f"{work.n}x{work.k}")
             packed = choice.kernel.pack(work, site.weights, choice.params)
             placed.append(Placed(site, choice, gvar.name_hint))
             a = inputs[0]
@@ -114,7 +127,7 @@ def _gemm_converter(sites: dict[str, GemmSite], machine: Machine, placed: list[P
 
 
 def _bag_converter(
-    sites: dict[str, BagSite], machine: Machine, placed: list[Placed], streams: Streams
+    sites: dict[str, BagSite], select: _Select, placed: list[Placed], streams: Streams
 ) -> type:
     class DccEmbeddingBag(onnx_frontend.OnnxOpConverter):
         @classmethod
@@ -135,7 +148,7 @@ def _bag_converter(
             if work.layout != "fixed":
                 args.append(given.pop(0))
             args += [_reshaped(bb, weight, flat) for weight in given]
-            choice, gvar = _kernel(bb, work, machine, f"{work.tables}x{work.dim}")
+            choice, gvar = _kernel(bb, work, select, f"{work.tables}x{work.dim}")
             placed.append(Placed(site, choice, gvar.name_hint))
             args.append(streams.constant(_tables(site, choice)))
             out = relax.TensorType([bags, work.tables, work.dim], "float32")
@@ -157,7 +170,7 @@ def _tables(site: BagSite, choice: registry.Choice) -> Stream:
     return Stream(kernel.nbytes(work), key, pieces)
 
 
-def _conv_converter(sites: dict[str, ConvSite], machine: Machine, placed: list[Placed]) -> type:
+def _conv_converter(sites: dict[str, ConvSite], select: _Select, placed: list[Placed]) -> type:
     class DccConv(onnx_frontend.OnnxOpConverter):
         @classmethod
         def _impl_v1(cls, bb: Any, inputs: Any, attr: Any, params: Any) -> Any:
@@ -165,7 +178,7 @@ def _conv_converter(sites: dict[str, ConvSite], machine: Machine, placed: list[P
             work = site.workload
             given = [i for i in inputs if i is not None]
             batch = given[0].ty.shape.values[0]
-            choice, gvar = _kernel(bb, work, machine, f"{work.filters}x{work.channels}")
+            choice, gvar = _kernel(bb, work, select, f"{work.filters}x{work.channels}")
             packed = choice.kernel.pack(work, site.weights, choice.params)
             placed.append(Placed(site, choice, gvar.name_hint))
             outputs = work.outputs
@@ -198,7 +211,7 @@ def _interleaved(bb: Any, value: Any, site: ConvSite, batch: Any) -> tuple[Any, 
 
 
 def _interaction_converter(
-    sites: dict[str, InteractionSite], machine: Machine, placed: list[Placed]
+    sites: dict[str, InteractionSite], select: _Select, placed: list[Placed]
 ) -> type:
     class DccInteraction(onnx_frontend.OnnxOpConverter):
         @classmethod
@@ -206,7 +219,7 @@ def _interaction_converter(
             site = sites[_text(attr["site"])]
             work = site.workload
             dense, rows = inputs[0], inputs[1]
-            choice, gvar = _kernel(bb, work, machine, f"{work.vectors}x{work.dim}")
+            choice, gvar = _kernel(bb, work, select, f"{work.vectors}x{work.dim}")
             placed.append(Placed(site, choice, gvar.name_hint))
             shape = [dense.ty.shape.values[0], work.dim + work.pairs]
             out = relax.TensorType(shape, "float32")
@@ -215,9 +228,9 @@ def _interaction_converter(
     return DccInteraction
 
 
-def _kernel(bb: Any, work: Any, machine: Machine, hint: str) -> tuple[registry.Choice, Any]:
+def _kernel(bb: Any, work: Any, select: _Select, hint: str) -> tuple[registry.Choice, Any]:
     """The kernel for a workload, and the function that stands for it in the module."""
-    choice = registry.select(work, machine)
+    choice = select(work)
     symbol, stub = codegen.stub(choice, hint)
     return choice, bb.add_func(stub, symbol)
 
