@@ -1,0 +1,1 @@
+"""Tuning: jobs that search the spaces of kernels, and the records they leave."""
