@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .checker import check
     from .compiler import compile
     from .runtime.loader import load
+    from .tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,9 +24,10 @@ __all__ = [
     "check",
     "compile",
     "load",
+    "tune",
 ]
 
-_LAZY = {"load": "runtime.loader", "compile": "compiler", "check": "checker"}
+_LAZY = {"load": "runtime.loader", "compile": "compiler", "check": "checker", "tune": "tuning.tune"}
 
 
 def __getattr__(name: str) -> Any:

@@ -340,11 +340,24 @@ def rewrite(
                 lines += [b.text for b in log.broken]
             _write(path, "".join(f"{line}\n" for line in lines))
     except OSError as error:
-        raise TuningError(
-            f"tuning log '{path}': {error.strerror or error}. "
-            f"Fix: name a folder that can be written, '{folder}' is not one",
-            "DC7010",
-        ) from None
+        raise _unwritable(path, folder, error) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raises TuningError where logs cannot be written in a folder; makes the folder."""
+    try:
+        with locked(folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, folder, error) from None
+
+
+def _unwritable(path: Path, folder: Path, error: OSError) -> TuningError:
+    return TuningError(
+        f"tuning log '{path}': {error.strerror or error}. "
+        f"Fix: name a folder that can be written with --log, '{folder}' is not one",
+        "DC7010",
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -60,16 +60,23 @@ def select(workload: Workload, machine: Machine, tuning: Tuning | None = None) -
             continue
         reason = kernel.refuses(workload)
         if reason is None:
-            found = tuning.find(kernel, workload, machine) if tuning else None
-            if found:
-                record = found.record
-                said = (found.source, found.why, record.id, record.gain)
-                return Choice(workload, kernel, found.params, *said)
-            params = kernel.default(workload, machine)
-            why = "no tuning record: the default of its analytical model"
-            return Choice(workload, kernel, params, "default", why)
+            return choose(kernel, workload, machine, tuning)
         refusals.append(f"{kernel.name}: {reason}")
     raise ScheduleError(
         f"{workload.describe()}: no kernel for {machine.name} takes it ({'; '.join(refusals)}). "
         "Fix: report the model, the front end should have left this node to the generic schedule"
     )
+
+
+def choose(
+    kernel: Kernel, workload: Workload, machine: Machine, tuning: Tuning | None = None
+) -> Choice:
+    """This kernel with the parameters of the record that speaks for the workload, if one does."""
+    found = tuning.find(kernel, workload, machine) if tuning else None
+    if found:
+        record = found.record
+        said = (found.source, found.why, record.id, record.gain)
+        return Choice(workload, kernel, found.params, *said)
+    params = kernel.default(workload, machine)
+    why = "no tuning record: the default of its analytical model"
+    return Choice(workload, kernel, params, "default", why)

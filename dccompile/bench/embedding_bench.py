@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from ..runtime import ffi
 from ..workload import NUMPY, EmbeddingBag, EmbeddingTables
 from . import measure
 from .peers import PEERS, PeerError, compare
+from .suite import parameters
 
 OURS, TORCH = "kernel", "torch"
 FORMS = ("u8", "u4", "f16", "f32")  # how rows are stored
@@ -102,13 +104,17 @@ def run(
     warmup_s: float,
     against: list[str] | None,
     progress: Progress,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
-    """Benches all cases over all shapes and sizes of pages; returns their rows."""
+    """Benches all cases over all shapes and sizes of pages; returns their rows.
+
+    `logs` is a folder of tuning logs, None for the kernels' defaults.
+    """
     rows = []
     todo = [(case, shape, pages) for case in benched for shape in shapes() for pages in PAGES]
     for index, (case, shape, pages) in enumerate(todo):
         progress.step(f"{case} {'x'.join(map(str, shape))} {pages}", index + 1, len(todo))
-        rows.append(bench_one(case, shape, pages, threads, duration_s, warmup_s, against))
+        rows.append(bench_one(case, shape, pages, threads, duration_s, warmup_s, against, logs))
     return {"rows": rows}
 
 
@@ -136,6 +142,7 @@ def bench_one(
     duration_s: float,
     warmup_s: float,
     against: list[str] | None = None,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """One row: ours checked against the reference, then timed in turns with torch and the limit."""
     tvm = measure.import_tvm()
@@ -147,7 +154,7 @@ def bench_one(
     fresh = Fresh(work)
     index = tvm.runtime.from_dlpack(fresh.index)
     out = tvm.runtime.tensor(np.zeros((work.bags, 1, work.dim), np.float32))
-    params = kernel.default(work, machine)
+    params = parameters(kernel, work, machine, logs).params
     func = kernel.build(work, params, machine).with_attr("global_symbol", "bags")
     function = measure.build(func, machine)["bags"]
     ffi.configure_threads(threads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .conv_cases import Convs
 from .gemm_cases import Gemms
 from .kernel_means import summary
 from .peers import PeerError, compare
-from .suite import Case, Form, Suite
+from .suite import Case, Form, Suite, parameters
 
 OURS, CALL, PEAK = "kernel", "call", "peak"
 SUITES: tuple[Suite, ...] = (Gemms(), Convs())
@@ -111,13 +112,17 @@ def run(
     warmup_s: float,
     against: list[str] | None,
     progress: Progress,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
-    """Benches all cases over all shapes; returns rows, geometric means and call overheads."""
+    """Benches all cases over all shapes; returns rows, geometric means and call overheads.
+
+    `logs` is a folder of tuning logs, None for the kernels' defaults.
+    """
     rows = []
     todo = [(case, shape) for case in benched for shape in case.shapes]
     for index, (case, shape) in enumerate(todo):
         progress.step(f"{case.kernel.name} {case.suite.label(shape)}", index + 1, len(todo))
-        rows.append(bench_one(case, shape, threads, duration_s, warmup_s, against))
+        rows.append(bench_one(case, shape, threads, duration_s, warmup_s, against, logs))
     overhead: dict[str, dict[str, float]] = {}
     for case in benched:
         if str(case) not in overhead:
@@ -131,7 +136,9 @@ def _overhead(case: Case, threads: int, against: list[str] | None) -> dict[str, 
     kernel = case.kernel
     if kernel.refuses(work) is not None:
         kernel = registry.select(work, case.machine).kernel
-    _, found, times = _timed(case.suite, kernel, case.machine, work, threads, 0.2, 0.02, against, 1)
+    params = kernel.default(work, case.machine)
+    one = case.suite, kernel, case.machine, work, params
+    _, found, times = _timed(*one, threads, 0.2, 0.02, against, 1)
     peers = {name: times[name].us for name in found if name in times}
     return {"ours": round(times[CALL].us, 3), **{n: round(us, 3) for n, us in peers.items()}}
 
@@ -143,13 +150,14 @@ def bench_one(
     duration_s: float,
     warmup_s: float,
     against: list[str] | None,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """One row: ours checked against the reference, then timed in turns with peers and peak."""
     kernel, machine = case.kernel, case.machine
     work = case.suite.workload(case.form, shape)
-    agreement, found, times = _timed(
-        case.suite, kernel, machine, work, threads, duration_s, warmup_s, against, None
-    )
+    choice = parameters(kernel, work, machine, logs)
+    one = case.suite, kernel, machine, work, choice.params
+    agreement, found, times = _timed(*one, threads, duration_s, warmup_s, against, None)
     for name, entry in found.items():
         if name in times:
             _compare(name, entry, times)
@@ -166,7 +174,8 @@ def bench_one(
         "label": case.suite.label(shape),
         "large": case.suite.large(shape),
         "threads": threads,
-        "params": str(kernel.default(work, machine)),
+        "params": str(choice.params),
+        "source": choice.source,
         "correct": _correct(agreement),
         "difference": agreement,
         **times[OURS].to_json(),
@@ -186,6 +195,7 @@ def _timed(
     kernel: Kernel,
     machine: Machine,
     work: Any,
+    params: Any,
     threads: int,
     duration_s: float,
     warmup_s: float,
@@ -198,7 +208,6 @@ def _timed(
     """
     weights, a = suite.problem(work)
     expected = suite.reference(work, weights, a)
-    params = kernel.default(work, machine)
     module, args, result = _compiled(kernel, work, weights, a, params, machine, expected.shape)
     ffi.configure_threads(threads)
     function = module[suite.op]

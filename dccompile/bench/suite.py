@@ -7,12 +7,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import registry
 from ..kernel import Kernel
-from ..machine import Machine
+from ..lookup import Tuning
+from ..machine import Machine, cpu_type
 from .peers import Prepared
 
 Shape = tuple[int, ...]
@@ -86,6 +90,16 @@ class Suite(ABC):
     @abstractmethod
     def label(self, shape: Shape) -> str:
         """The shape in a table."""
+
+
+def parameters(kernel: Kernel, work: Any, machine: Machine, logs: Path | None) -> registry.Choice:
+    """What the logs of a folder say about a workload on this host, else the default."""
+    return registry.choose(kernel, work, machine, _tuning(logs, machine.name))
+
+
+@lru_cache(maxsize=8)
+def _tuning(logs: Path | None, target: str) -> Tuning:
+    return Tuning(logs, target, cpu_type())
 
 
 @dataclass(frozen=True)

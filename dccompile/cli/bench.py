@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .. import sources
+from .. import lookup, sources
 from ..bench import model_bench as benches
 from ..bench.peers import PEERS, parse
 from ..console import Progress, document, out, table
@@ -121,9 +121,10 @@ def _kernels(options: Options, threads: list[int]) -> int:
     duration = sources.parse_seconds(options.duration or "1s")
     warmup = min(sources.parse_seconds(options.warmup), duration / 5)
     results = []
+    logs = lookup.logs(options.tuning)
     with Progress(options.quiet) as progress:
         for count in threads:
-            found = bench.run(cases, count, duration, warmup, against, progress)
+            found = bench.run(cases, count, duration, warmup, against, progress, logs)
             results.append({"threads": count, **found})
     if options.json:
         document("bench", {"environment": environment(max(threads)), "kernels": results})

@@ -62,6 +62,11 @@ def parser() -> _Parser:
         choices=["keep", "fp16", "int8", "int4"],
         help="how rows of embedding tables are stored (keep)",
     )
+    tuned = _Parser(add_help=False)
+    tuned.add_argument("--tuning", metavar="DIR", help="tuning logs, or none (the packaged ones)")
+    tuned.add_argument(
+        "--require-tuned", action="store_true", help="exit 7 if a kernel has no tuning record"
+    )
     seeded = _Parser(add_help=False)
     seeded.add_argument("--seed", type=int, default=0, help="of a reference model's weights (0)")
 
@@ -75,20 +80,20 @@ def parser() -> _Parser:
 
     add = verbs.add_parser(
         "check",
-        parents=[common, machine, compiling, seeded],
+        parents=[common, machine, compiling, tuned, seeded],
         help="can it compile, what runs in which precision and why; all problems at once",
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
 
     add = verbs.add_parser(
-        "compile", parents=[common, machine, compiling, seeded], help="make one .dcm file"
+        "compile", parents=[common, machine, compiling, tuned, seeded], help="make one .dcm file"
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
     add.add_argument("-o", "--output", metavar="F.dcm", help="(the model's name, here)")
     add.add_argument("--explain", action="store_true", help="every node and kernel, and why")
 
     add = verbs.add_parser(
-        "run", parents=[common, machine, compiling, seeded], help="one call, saves outputs"
+        "run", parents=[common, machine, compiling, tuned, seeded], help="one call, saves outputs"
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
     add.add_argument(
@@ -105,7 +110,7 @@ def parser() -> _Parser:
 
     add = verbs.add_parser(
         "bench",
-        parents=[common, machine, compiling, seeded],
+        parents=[common, machine, compiling, tuned, seeded],
         help="latency and throughput, in turns with other runtimes",
     )
     add.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL)
@@ -129,6 +134,67 @@ def parser() -> _Parser:
     add.add_argument(
         "--fail-below", type=float, metavar="R", help="exit 6 below R times the best peer"
     )
+
+    add = verbs.add_parser(
+        "tune",
+        parents=[common, machine, seeded],
+        help="find the fastest parameters of a model's kernels; can be stopped and goes on",
+    )
+    add.add_argument("model", metavar="MODEL", nargs="*", help="an .onnx file or reference model")
+    add.add_argument("--kernels", nargs="?", const="*", metavar="GLOB", help="and deployed shapes")
+    add.add_argument("--target", action="append", metavar="T", help="(host)")
+    add.add_argument("--shape", action="append", default=[], metavar="X:DIMS")
+    add.add_argument("--precision", default="keep", choices=["keep", "fp16-weights"])
+    add.add_argument("--embedding", default="keep", choices=["keep", "fp16", "int8", "int4"])
+    add.add_argument("--budget", metavar="B", help="30m or 2000trials (all trials)")
+    add.add_argument("--task", default="*", metavar="GLOB", help="kernels or labels of tasks (*)")
+    add.add_argument(
+        "--workers", metavar="N|URL", help="processes here (cores), or tcp://SCHEDULER:PORT"
+    )
+    add.add_argument("--dry-run", action="store_true", help="list tasks, spaces, estimated time")
+    add.add_argument("--log", metavar="DIR", help="where the logs are (the packaged ones)")
+
+    add = verbs.add_parser(
+        "worker", parents=[common], help="measure trials for tuning jobs on other machines"
+    )
+    add.add_argument("scheduler", metavar="URL", help="of dask's scheduler, tcp://HOST:PORT")
+    add.add_argument("--name", metavar="NAME", help="what it is called there (the host's, PID)")
+
+    add = verbs.add_parser("records", help="care of tuning logs")
+    inner = add.add_subparsers(dest="action", required=True, metavar="ACTION")
+    logs = _Parser(add_help=False)
+    logs.add_argument("folder", metavar="DIR", nargs="?", help="(the packaged logs)")
+    written = _Parser(add_help=False)
+    written.add_argument("--log", metavar="DIR", help="where the logs are (the packaged ones)")
+    inner.add_parser(
+        "verify",
+        parents=[common, machine, logs],
+        help="is every line readable, of today's schedules, legal; exit 7 if not",
+    )
+    add = inner.add_parser(
+        "stats",
+        parents=[common, machine, written, compiling, seeded],
+        help="coverage of models and gain over the defaults; without models of every log",
+    )
+    add.add_argument("model", metavar="MODEL", nargs="*", help=_MODEL)
+    add = inner.add_parser(
+        "merge", parents=[common, machine, written], help="take in the records of other folders"
+    )
+    add.add_argument("source", metavar="SRC", nargs="+", help="folders of logs")
+    add = inner.add_parser(
+        "prune", parents=[common, machine, logs], help="drop stale, illegal, broken, double lines"
+    )
+    add.add_argument("--dry-run", action="store_true", help="say what would be dropped")
+    add = inner.add_parser(
+        "replay",
+        parents=[common, machine, logs, seeded],
+        help="measure winners against the defaults again, here; exit 7 if one no longer holds",
+    )
+    add.add_argument("--target", action="append", metavar="T", help="(all that this host runs)")
+    add.add_argument("--task", default="*", metavar="GLOB", help="kernels or labels of tasks (*)")
+    add.add_argument("--duration", default="300ms", metavar="TIME", help="of each (300ms)")
+    add.add_argument("--workers", type=int, default=1, metavar="N", help="processes here (1)")
+    add.add_argument("--update", action="store_true", help="write the figures found into the logs")
 
     add = verbs.add_parser(
         "inspect", parents=[common, machine], help="what is in an artifact; runs none of it"
@@ -177,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _internal(error, options.verbose)
 
 
-_EXTRAS = {"tvm": "compile", "onnx": "compile", "ml_dtypes": "compile"}
+_EXTRAS = {"tvm": "compile", "onnx": "compile", "ml_dtypes": "compile", "optuna": "tune"}
 
 
 def _internal(error: Exception, verbose: int) -> int:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import sources
-from ..console import Progress, document, out, table
+from ..console import Progress, document, out, table, warn
 from ..environment import environment
 from ..errors import Error, UsageError
+from ..workload import from_json
 
 Options = argparse.Namespace
 
@@ -60,17 +61,23 @@ def check(options: Options) -> int:
             shapes=source.shapes(options.shape),
             precision=options.precision,
             embedding=options.embedding,
+            tuning=options.tuning,
+            require_tuned=options.require_tuned,
         )
+    for line in report.warnings:
+        warn(line)
     problems = [
         {"code": p.code, "where": p.where, "found": p.found, "fix": p.fix} for p in report.problems
     ]
     if options.json:
         body = {"model": source.name, "ok": report.ok, "problems": problems, "nodes": report.nodes}
+        body |= {"variants": report.variants, "warnings": report.warnings}
         document("check", {"environment": environment(), **body})
     elif report.ok:
         _node_table(report.nodes)
         out()
         _precision_lines(report.nodes)
+        _kernel_lines({"variants": report.variants})
         out(f"{source.name} can be compiled")
     else:
         for problem in report.problems:
@@ -94,12 +101,16 @@ def compile_(options: Options) -> int:
             shapes=source.shapes(options.shape),
             precision=options.precision,
             embedding=options.embedding,
+            tuning=options.tuning,
+            require_tuned=options.require_tuned,
             name=source.name,
             progress=lambda event: progress.step(_step(event)),
         )
         progress.step(f"write {path}")
         made.save(path)
     manifest = made.manifest
+    for line in manifest["tuning"]["warnings"]:
+        warn(line)
     size = path.stat().st_size
     if options.json:
         body = {"output": str(path), "bytes": size, "seconds": round(made.seconds, 2)}
@@ -108,7 +119,7 @@ def compile_(options: Options) -> int:
         if options.explain:
             _node_table(manifest["nodes"])
             out()
-            _kernel_table(manifest)
+            _kernel_table(manifest, explain=True)
             out()
         _precision_lines(manifest["nodes"])
         _kernel_lines(manifest)
@@ -158,6 +169,24 @@ def bench(options: Options) -> int:
     from .bench import bench as run_bench
 
     return run_bench(options)
+
+
+def tune(options: Options) -> int:
+    from .tune import tune as run_tune
+
+    return run_tune(options)
+
+
+def worker(options: Options) -> int:
+    from .worker import worker as run_worker
+
+    return run_worker(options)
+
+
+def records(options: Options) -> int:
+    from .records import run as run_records
+
+    return run_records(options)
 
 
 def inspect(options: Options) -> int:
@@ -256,6 +285,9 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "compile": compile_,
     "run": run,
     "bench": bench,
+    "tune": tune,
+    "worker": worker,
+    "records": records,
     "inspect": inspect,
     "doctor": doctor,
 }
@@ -273,9 +305,13 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
         shapes=source.shapes(options.shape),
         precision=options.precision,
         embedding=options.embedding,
+        tuning=options.tuning,
+        require_tuned=options.require_tuned,
         name=source.name,
         progress=lambda event: progress.step(_step(event)),
     )
+    for line in made.manifest["tuning"]["warnings"]:
+        warn(line)
     return made.save(folder / "model.dcm")
 
 
@@ -323,7 +359,15 @@ def _table_lines(manifest: dict[str, Any]) -> None:
 
 
 def _kernel_shape(work: dict[str, Any]) -> str:
-    """The sizes of a kernel's workload: m x n x k, tables x rows x dim, bags x vectors x dim."""
+    """The sizes of a kernel's workload: m x n x k, tables x rows x dim, bags x vectors x dim.
+
+    Of convolutions all that `describe` says but the form.
+    """
+    if work["op"] == "conv":
+        try:
+            return from_json(work).describe().split(" ", 2)[2].rpartition(" -> ")[0]
+        except ValueError:  # of another version
+            return "?"
     if work["op"] == "embedding_bag":
         sizes = [len(work["rows"]), max(work["rows"]), work["dim"]]
     else:
@@ -332,16 +376,19 @@ def _kernel_shape(work: dict[str, Any]) -> str:
     return "x".join(str(size or "?") for size in sizes)
 
 
-def _kernel_table(manifest: dict[str, Any]) -> None:
-    rows = []
+def _kernel_table(manifest: dict[str, Any], explain: bool = False) -> None:
+    """Every kernel of every variant; where its parameters are from and, to `explain`, why."""
+    rows: list[tuple[Any, ...]] = []
     for variant in manifest["variants"]:
         for kernel in variant.get("kernels", []):
             work = kernel["workload"]
             shape = _kernel_shape(work)
             params = ", ".join(f"{k}={v}" for k, v in kernel["params"].items())
-            name, source = kernel["name"], kernel["source"]
-            rows.append((variant["target"], kernel["node"], shape, name, params, source))
-    table(("variant", "node", "shape", "kernel", "params", "from"), rows)
+            row = (variant["target"], kernel["node"], shape, kernel["name"], params)
+            said = (kernel["source"], kernel.get("record"), kernel.get("gain"))
+            rows.append((*row, *said, *((kernel.get("why"),) if explain else ())))
+    headers = ("variant", "node", "shape", "kernel", "params", "from", "record", "gain")
+    table((*headers, *(("why",) if explain else ())), rows)
 
 
 def _kernel_lines(manifest: dict[str, Any]) -> None:
