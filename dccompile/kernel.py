@@ -25,7 +25,7 @@ from .workload import (
 )
 
 # Points of the space whose estimate is so much worse than the best one are not worth a trial.
-_HOPELESS = 1.3
+_HOPELESS = 1.12
 
 WorkloadT = TypeVar("WorkloadT", Gemm, Conv, EmbeddingBag, Interaction)
 WeightsT = TypeVar("WeightsT", GemmWeights, ConvWeights, EmbeddingTables, None)

@@ -74,7 +74,8 @@ class Record:
 
     Times are microseconds a call: median, 20th and 80th percentile of the winner, and the median
     of the default; `gain` is the median ratio of the default's time to the winner's, measured in
-    turns. `tried` counts configurations, `schedule` is `fingerprint.schedule`, `date` is ISO 8601,
+    turns; `weights_mib` of weights in copies passed through the caches meanwhile. `tried` counts
+    configurations, `schedule` is `fingerprint.schedule`, `date` is ISO 8601,
     `extra` keeps the fields that this version does not know.
     """
 
@@ -94,6 +95,7 @@ class Record:
     tvm: str
     schedule: str
     date: str
+    weights_mib: int = 8
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -130,7 +132,8 @@ class Record:
 
     def to_line(self) -> str:
         """The line in the log, without its end."""
-        return canonical({**self.extra, **{name: getattr(self, name) for name in _KINDS}})
+        names = (*_KINDS, "weights_mib")
+        return canonical({**self.extra, **{name: getattr(self, name) for name in names}})
 
     @classmethod
     def parse(cls, line: str | Mapping[str, Any], kernel: str, target: str) -> Record:
@@ -144,17 +147,17 @@ class Record:
                 raise ValueError("not JSON (nested too deeply)") from None
         if not isinstance(line, Mapping):
             raise ValueError(f"a JSON {type(line).__name__}, not an object")
-        values = dict(line)
+        values = {"weights_mib": cls.weights_mib, **line}
         missing = [name for name in _KINDS if name not in values]
         if missing:
             raise ValueError(f"without the fields {', '.join(missing)}")
-        for name, kinds in _KINDS.items():
+        for name, kinds in {**_KINDS, "weights_mib": (int,)}.items():
             value = values[name]
             if type(value) not in kinds:
                 raise ValueError(f"field {name} is {value!r}, not {kinds[-1].__name__}")
             if float in kinds and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"field {name} is {value!r}, not a positive number")
-        known = {name: values.pop(name) for name in _KINDS}
+        known = {name: values.pop(name) for name in (*_KINDS, "weights_mib")}
         values.pop("kernel", None)
         values.pop("target", None)
         return cls(kernel, target, **known, extra=values)

@@ -232,6 +232,7 @@ class Job:
             "against": asdict(against),
             "seconds": seconds,
             "limit": LIMIT_S,
+            "weights": task.weights,
             "seed": self.seed,
             "schedule": fingerprint.schedule(task.kernel),
             "versions": self.versions,

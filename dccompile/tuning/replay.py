@@ -167,6 +167,7 @@ def _request(subject: _Subject, seconds: float, seed: int) -> dict[str, Any]:
         "against": default,
         "seconds": seconds,
         "limit": _LIMIT_S,
+        "weights": subject.record.weights_mib << 20,
         "seed": seed,
         "schedule": fingerprint.schedule(task.kernel),
         "versions": versions(),

@@ -5,8 +5,9 @@ is single-threaded, computes nothing but problems, and outlives whatever a candi
 and results are lines of JSON. It ends when its input does, also in the middle of a trial.
 
 A request: kernel, target, workload (`Workload.to_json`), params and against (the incumbent's),
-seconds of the race, limit in seconds of the whole trial, seed of the data, schedule (digest of
-the kernel's source), versions of dccompile and tvm.
+seconds of the race, limit in seconds of the whole trial, bytes of weights that the copies of both
+competitors' W fill (they are read in turns, as in a model whose other layers come between), seed of
+the data, schedule (digest of the kernel's source), versions of dccompile and tvm.
 
 A result: status "ok", "wrong", "crash", "timeout", "error" or "refused", and the reason; with "ok"
 us, p20, p80 of the candidate and against_us of the incumbent, microseconds, medians over rounds,

@@ -20,6 +20,9 @@ from ..machine import TARGETS, Machine, missing_features
 from ..workload import NUMPY, Conv, EmbeddingBag, Gemm, Interaction, Workload, from_json
 from . import problems
 
+# Weights that pass through the caches between two calls of a kernel: in a benchmark alone more than
+# a core's own cache, in models at most what no cache holds.
+LEAST_WEIGHTS, MOST_WEIGHTS = 8 << 20, 96 << 20
 SHAPES = "shapes.json"  # as the name of a model: every shape weighs the same
 
 _TERMS = 20  # per bag, where a call says how many
@@ -64,7 +67,8 @@ class Task:
     """A workload, the representative of its like, to tune a kernel for on a target.
 
     `uses` counts its calls in every model that has it. `totals` are the estimated microseconds of
-    all kernels of these models; of SHAPES the number of tasks.
+    all kernels of these models; of SHAPES the number of tasks. `weights` are bytes: of the largest
+    model that has it, whose weights pass through the caches between two calls.
     """
 
     kernel: Kernel
@@ -72,6 +76,7 @@ class Task:
     workload: Workload
     uses: dict[str, int] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
+    weights: int = LEAST_WEIGHTS
 
     @cached_property
     def key(self) -> str:
@@ -182,6 +187,7 @@ def merged(tasks: Iterable[Task]) -> list[Task]:
         for model, count in task.uses.items():
             first.uses[model] = max(count, first.uses.get(model, 0))
         first.totals.update(task.totals)
+        first.weights = max(first.weights, task.weights)
     return list(found.values())
 
 
@@ -203,8 +209,10 @@ def _tasks(rows: Iterable[tuple[Kernel, Workload]], machine: Machine, model: str
         task = found.setdefault(task.key, task)
         task.uses[model] = task.uses.get(model, 0) + 1
     total = sum(t.uses[model] * t.estimate_us() for t in found.values())
+    weights = sum(t.uses[model] * _weight_bytes(t.workload) for t in found.values())
     for task in found.values():
         task.totals[model] = total
+        task.weights = min(max(weights, LEAST_WEIGHTS), MOST_WEIGHTS)
     yield from found.values()
 
 
@@ -256,6 +264,15 @@ def _cost(work: Any) -> tuple[int, int, int]:
     else:
         nbytes = a * work.m * work.k + b * work.k * work.n + c * work.m * work.n
     return work.ops, nbytes, nbytes
+
+
+def _weight_bytes(work: Workload) -> int:
+    """Of a layer's own weights; tables are read in parts, other than those each time."""
+    if isinstance(work, Gemm):
+        return _bytes(work.b) * work.n * work.k
+    if isinstance(work, Conv):
+        return _bytes(work.b) * prod(work.kernel) * work.group_channels * work.filters
+    return 0
 
 
 def _bytes(dtype: str) -> int:

@@ -29,7 +29,8 @@ from .problems import Problem, large, pack
 from .race import PLACES, race
 from .turns import Turns
 
-_COPIES, _COPIES_BYTES = 64, 4 << 20  # of W: more than a core's cache
+WEIGHTS = 8 << 20  # bytes of all copies of W, unless the request says: of each more than L2
+_COPIES = 256
 _LINE = 64
 
 
@@ -98,7 +99,7 @@ def _race(request: dict[str, Any], task: Task, folder: Path, clock: Clock) -> di
         packed = [_packed(task, ours)]
         if theirs != ours:
             packed.append(_packed(task, theirs))
-        memory = _Memory(task, packed)
+        memory = _Memory(task, packed, int(request.get("weights", WEIGHTS)))
     with clock("check"):
         for problem, tensors in zip(task.problems, memory.tensors, strict=True):
             first[0](*memory.arguments(tensors, 0, 0))
@@ -179,10 +180,10 @@ class _Memory:
     of the competitors' weights alternate: no region's luck is that of one alone.
     """
 
-    def __init__(self, task: Task, packed: Sequence[np.ndarray]) -> None:
+    def __init__(self, task: Task, packed: Sequence[np.ndarray], weights: int) -> None:
         self.weightless = isinstance(task.workload, Interaction)
         shared = isinstance(task.workload, EmbeddingBag)
-        copies = [1 if shared else _copies(w.nbytes) for w in packed]
+        copies = [1 if shared else _copies(w.nbytes, weights // 2) for w in packed]
         arrays = [a for p in task.problems for turn in p.turns for a in turn]
         arrays += [a for p in task.problems for a in (*p.after, p.expected)]
         need = sum(_rounded(a.nbytes) for a in arrays)
@@ -240,5 +241,6 @@ def _rounded(nbytes: int) -> int:
     return -(-max(nbytes, 1) // _LINE) * _LINE
 
 
-def _copies(nbytes: int) -> int:
-    return max(1, min(_COPIES, math.ceil(_COPIES_BYTES / max(nbytes, 1))))
+def _copies(nbytes: int, weights: int) -> int:
+    """How many W fill `weights` bytes."""
+    return max(1, min(_COPIES, math.ceil(weights / max(nbytes, 1))))

@@ -305,6 +305,7 @@ def record(decision: Decision, keep: bool = True) -> records.Record:
         tvm=versions()["tvm"],
         schedule=fingerprint.schedule(task.kernel),
         date=job.today(),
+        weights_mib=task.weights >> 20,
         extra={},
     )
 
