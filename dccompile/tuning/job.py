@@ -174,17 +174,17 @@ class Job:
         if subject is not None and left and not subject.over:
             mine.remove(subject)
             mine.insert(0, subject)
+        spent = self._spent()
         for candidate in mine:
-            found = self._ask(candidate)
+            found = self._ask(candidate, spent)
             if found is not None:
                 left = left if candidate is subject and left else _TURN
                 self.turns[cpu] = candidate, left - 1
                 return found
         return None
 
-    def _ask(self, subject: Subject) -> tuple[Subject, dict[str, Any], Any] | None:
+    def _ask(self, subject: Subject, spent: bool) -> tuple[Subject, dict[str, Any], Any] | None:
         """The next trial of a task; None where it has none, or waits for others to end."""
-        spent = self._spent()
         default = subject.task.default()
         if subject.default is None:
             subject.skipped = spent and not subject.flying

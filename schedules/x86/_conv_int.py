@@ -18,8 +18,8 @@ it reads on instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,9 +28,10 @@ import numpy as np
 from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import INT8_LIMITS, Conv, ConvWeights
-from ._conv_shape import Axis, Shape, ceil_div
+from ._conv_shape import Axis, Shape, ceil_div, touched
 from ._dot import Dot
 
+_FETCHED_BYTES = 64 << 10  # of weights or of A, C and R, from which on prefetching can matter
 RESIDUAL = ("a", "b", "c", "shift", "low", "high")
 
 
@@ -94,6 +95,35 @@ class IntegerConv(Dot, Kernel):
         vectors, _ = self.weights_size(workload)
         nr = ceil_div(vectors, ceil_div(vectors, max(pixels)))
         return nr, pixels[nr]
+
+    def effect(self, workload: Conv, params: Any) -> Hashable:
+        shape, (vectors, nbytes) = Shape(workload), self.weights_size(workload)
+        pixels = shape.x.outputs
+        mr = ceil_div(pixels, ceil_div(pixels, params.mr))
+        # without a residual there is little to hide
+        deferring = params.defer and shape.deferring(mr) and workload.residual is not None
+        prefetching = params.prefetch and nbytes > _FETCHED_BYTES
+        own = {"nr": min(params.nr, vectors), "defer": deferring, "prefetch": prefetching}
+        panels, size = workload.groups * ceil_div(vectors, params.nr), touched(workload)
+        strips = shape.copied and not shape.flat
+        chunked = panels > 1 and params.chunk << 10 < size and not strips
+        own["chunk"] = params.chunk if chunked else 0
+        own["ahead"] = params.ahead and shape.flat and size > _FETCHED_BYTES
+        return replace(params, mr=mr, **own)
+
+    def estimate(self, workload: Conv, params: Any, machine: Machine) -> float:
+        """Cycles of the k-steps and ends of a row of outputs, weights in the second-level cache."""
+        shape, lanes = Shape(workload), self.lanes(workload)
+        pixels, (vectors, _) = shape.x.outputs, self.weights_size(workload)
+        blocks = ceil_div(pixels, params.mr)
+        rows = pixels / blocks
+        whole, rest = divmod(vectors, params.nr)
+
+        def tile(nr: int) -> float:
+            end = 20 + 2 * rows * nr * lanes / 8
+            return end + shape.steps * self.step_cycles(rows, nr, lanes, params)
+
+        return (whole * tile(params.nr) + (tile(rest) if rest else 0.0)) * blocks
 
     def layout(self, workload: Conv, params: Any) -> Layout:
         shape, lanes = Shape(workload), self.lanes(workload)

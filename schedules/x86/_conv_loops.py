@@ -19,9 +19,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ...workload import NUMPY, Conv
-from ._conv_shape import Axis, Band, Shape, ceil_div
+from ._conv_shape import Axis, Band, Shape, ceil_div, touched
 from ._conv_tile import Panel, Row, Tiles
-from ._ir import T, bits, local, prim_func, ramp, tirx
+from ._ir import T, bits, fetch_share, local, prim_func, ramp, tirx
 
 if TYPE_CHECKING:
     from ._conv_int import IntegerConv
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _PARALLEL_US = 10.0  # less is not worth sharing: a launch costs 1 to 3 us
 _UNITS = 32  # parallel units to aim at, so that a few threads get nearly equal shares
 _STACK = 64 << 10  # bytes of a copy on the stack
-_CHUNK_BYTES = 1 << 20  # of A, R and C that stay in L2 while panel after panel passes
+_AHEAD = 8  # tiles between one computed and one prefetched, of a single panel
 
 
 class Builder:
@@ -69,6 +69,9 @@ class Builder:
             c = T.arg("c", T.buffer((batch, *ends), NUMPY[work.out]))
             # A as bytes, R and C as (pixels, filters)
             self.a = T.decl_buffer((batch * prod(map(int, sizes)),), "uint8", data=a.data)
+            ends = [buffer for buffer in (c, r) if buffer is not None]
+            total = batch * prod(map(int, ends[0].shape[1:]))
+            self.ends = [T.decl_buffer((total,), b.dtype, data=b.data) for b in ends]
             rows = batch * prod(work.outputs), self.const(work.filters)
             r, c = (
                 None if buffer is None else T.decl_buffer(rows, buffer.dtype, data=buffer.data)
@@ -184,25 +187,34 @@ class Builder:
         """All rows of `images` images from number `first_image` on."""
         work, lay = self.work, self.lay
         panels = lay.panels * work.groups
+        self.panels = panels
         known = int(images) if isinstance(images, tirx.IntImm) else None
         us = work.ops / (self.kernel.gops * 1e3)  # of all images, or of one if their number is open
-        wide = {"s32": 4, "f32": 4}.get(work.out, 1) + (work.residual is not None)
-        touched = self.image + self.shape.pixels * work.filters * wide
-        chunks = ceil_div(touched, max(_CHUNK_BYTES, 2 * lay.start))
+        chunks = 1
+        if self.params.chunk:
+            chunks = ceil_div(touched(work), max(self.params.chunk << 10, 2 * lay.start))
         parallel = us >= _PARALLEL_US
         if parallel:
             chunks = max(chunks, ceil_div(_UNITS, panels * (known or 1)))
         share = ceil_div(self.rows, min(chunks, self.rows))
         chunks = ceil_div(self.rows, share)
 
+        self.ahead = share if panels > 1 else _AHEAD
+
         def unit(u: Any) -> None:
-            part, panel = u // panels, T.Bind(u % panels)
+            if self.params.chunk:
+                part, panel = u // panels, T.Bind(u % panels)
+            else:
+                part, panel = T.Bind(u % parts), T.Bind(u // parts)
             n = first_image if known == 1 else T.Bind(first_image + part // chunks)
             first, last = self.const(0), self.const(self.rows)
             if chunks > 1:
                 first = T.Bind(part % chunks * share)
                 last = T.Bind(tirx.min(first + share, last))
+            self.number = panel
             self._panel(panel, lambda p: self._rows(n, first, last, p))
+
+        parts = images * chunks
 
         def everything(loop: Callable[[Any, Any], Any]) -> None:
             with loop(self.const(0), images * (chunks * panels)) as u:
@@ -268,7 +280,10 @@ class Builder:
         """Rows low .. low + count - 1, all of one band."""
 
         def row_of(i: Any) -> Row:
-            return self._row(n, band, T.Bind(low + i), panel)
+            row = self._row(n, band, T.Bind(low + i), panel)
+            if self.params.ahead and self.shape.flat:
+                self._fetch_ahead(row.pixel + self.ahead * band.width, band.width)
+            return row
 
         if self.tiles.defers(band.segments[0].tile):
             self.tiles.chain(row_of, count, band.segments[0].tile, panel)
@@ -282,6 +297,15 @@ class Builder:
                 with T.serial(self.const(0), self.const(segment.count)) as k:
                     x = T.Bind(k * segment.tile.mr + segment.x)
                     self.tiles.tile(row, x, segment.tile, panel)
+
+    def _fetch_ahead(self, pixel: Any, pixels: int) -> None:
+        """Into L2, for the panel at hand, its share of `pixels` pixels from `pixel` on."""
+        work, place = self.work, (self.number, self.panels)
+        if not self.copies:
+            width = self.shape.x.stride * work.channels
+            fetch_share(self.a, pixel, (pixels, width), *place)
+        for flat in self.ends:
+            fetch_share(flat, pixel, (pixels, work.filters), *place)
 
     def _row(self, n: Any, band: Band, at: Any, panel: Panel) -> Row:
         shape, channels = self.shape, self.work.channels

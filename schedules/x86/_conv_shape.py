@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 
 from ...workload import Conv
 
@@ -129,6 +130,13 @@ def segments(axis: Axis, mr: int, classed: bool) -> tuple[Segment, ...]:
     return tuple(out)
 
 
+def touched(work: Conv) -> int:
+    """Bytes of A, R and C, of an image if their number is open."""
+    wide = {"s32": 4, "f32": 4}.get(work.out, 1) + (work.residual is not None)
+    pixels = prod(work.size) * work.channels + prod(work.outputs) * work.filters * wide
+    return (work.batch or 1) * pixels
+
+
 class Shape:
     """What the loops of a convolution need to know of `work`.
 
@@ -198,6 +206,10 @@ class Shape:
             Axis((rows - 1) * y.stride + lines, rows, y.kernel, y.stride, y.dilation),
             Axis(width, x.outputs, x.kernel, x.stride, x.dilation),
         ]
+
+    def deferring(self, mr: int) -> bool:
+        """Whether a tile of mr outputs can end during the next one: k-steps enough, all alike."""
+        return self.flat and self.spans == 1 and self.span >= 8 * mr
 
     def bands(self, mr: int) -> list[Band]:
         """All rows of an image."""

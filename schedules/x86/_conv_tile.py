@@ -131,8 +131,7 @@ class Tiles:
 
     def defers(self, tile: Tile) -> bool:
         """Whether `chain` can be asked for rows of such a tile."""
-        shape = self.shape
-        return self.params.defer and shape.flat and shape.spans == 1 and shape.span >= 8 * tile.mr
+        return self.params.defer and self.shape.deferring(tile.mr)
 
     def chain(self, row_of: Callable[[Any], Row], count: Any, tile: Tile, panel: Panel) -> None:
         """Rows 0 .. count - 1, of one tile each and contiguous in C; each ends during the next."""

@@ -25,7 +25,7 @@ which packing s32 to s16 to 8 bits puts in order again.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -109,6 +109,11 @@ class Plan:
             del self.inner, self.windows
         self.strips = ceil_div(self.ow, self.strip)
 
+    def cell(self, pixels: int) -> int:
+        """Outputs of equal cells of at most about `pixels`."""
+        cells = ceil_div(self.strip, pixels)
+        return ceil_div(ceil_div(self.strip, cells), self.share) * self.share
+
     def _steps_of(self, share: int) -> int:
         return ceil_div(self.kw + share - 1, self.taps)
 
@@ -185,6 +190,12 @@ class Depthwise(Kernel):
 
     def registers(self, params: Any) -> int:
         return 2 * params.pixels + 4
+
+    def effect(self, workload: Conv, params: Any) -> Hashable:
+        plan = self.plan(workload, params)
+        begin, stop = plan.inner
+        unroll = min(params.unroll * (1 if plan.chained else plan.steps), stop - begin)
+        return plan.strip, plan.cell(params.pixels), unroll
 
     # ---- the vocabulary of an instruction set ----
     @abstractmethod

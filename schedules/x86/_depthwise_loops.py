@@ -313,8 +313,7 @@ class Builder(Cells):
         """Row y of the unit; the windows that the next row needs are made on the way."""
         plan = self.plan
         taps = Taps(self, y)
-        cells = ceil_div(plan.strip, self.params.pixels)
-        size = ceil_div(ceil_div(plan.strip, cells), plan.share) * plan.share
+        size = plan.cell(self.params.pixels)
         cells = ceil_div(plan.strip, size)
         rest = plan.strip - (cells - 1) * size
         begin, stop = plan.inner

@@ -25,6 +25,18 @@ class Dot(ABC):
     staged: ClassVar[bool] = False  # A is widened to 16 bits before it is multiplied
     bits: ClassVar[int]  # widest vector
 
+    def step_cycles(self, mr: float, nr: float, lanes: int, params: Any) -> float:
+        """Estimated cycles of a k-step of a tile of mr rows and nr vectors."""
+        wide = lanes / 8  # 512 bits are two halves, of which two of a kind start in a cycle
+        loads = (nr * wide * self._loads(params) + mr * (2 if self.staged else 1)) / 2
+        return max(mr * nr * wide / 2 * self._operations, loads, 4.0)
+
+    _operations: ClassVar[int] = 1  # on the ports of multiplications, for a vector and k-step
+
+    def _loads(self, params: Any) -> float:
+        """Loads of a vector and k-step."""
+        return 1.0
+
     @abstractmethod
     def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
         """s8 (..., lanes, 4) weights of k-steps as uint8 (..., bytes)."""
@@ -68,6 +80,10 @@ class Dot16(Dot):
     """
 
     staged = True
+    _operations = 2
+
+    def _loads(self, params: Any) -> float:
+        return 2.0 if params.wide else 1.0
 
     def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
         pairs = quads.reshape(*quads.shape[:-1], 2, 2)  # of k: (0, 1), (2, 3)
@@ -94,6 +110,7 @@ class Dot7(Dot):
     """vpmaddubsw, for both vector widths: its sums of pairs fit 16 bits where |b| <= 64."""
 
     seven_bits = True
+    _operations = 2
 
     def encode(self, quads: np.ndarray, params: Any) -> np.ndarray:
         return quads.view(np.uint8).reshape(*quads.shape[:-2], -1)

@@ -7,7 +7,9 @@ W: group 0: panel 0                            panel 1  ...  last panel  | group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from itertools import product
 from math import gcd, prod
 from typing import Any, ClassVar
 
@@ -16,9 +18,11 @@ import numpy as np
 from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Conv, ConvWeights
-from ._float_conv_loops import Builder
+from ._float_conv_loops import Builder, panels_first, touched
 from ._float_conv_shape import ceil_div, flat, squeezed
 
+_TILE = "mr", "nr", "lanes"
+_AHEAD_BYTES = 256 << 10  # of A, C and R, from which on fetching them ahead can matter
 _ROOMY = 0.85  # part of the registers that a tile may take without hindering the compiler
 _STREAM = 24  # bytes of W a cycle that the second-level cache gives, with margin
 _WAY = 4096  # bytes after which addresses share a set of the first-level cache
@@ -32,6 +36,16 @@ class Tile:
     mr: int = 14  # most output pixels kept in registers
     nr: int = 2  # vectors of filters kept in registers
     lanes: int = 16  # filters of a vector
+
+
+@dataclass(frozen=True)
+class Blocked(Tile):
+    """Those of dense convolutions."""
+
+    # KiB of A, R and C that stay in cache while panel after panel of W passes; 0: all of it
+    # passes by each panel
+    chunk: int = 512
+    ahead: bool = False  # prefetch what tiles of the next chunk read and write
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Layout:
 class FloatConv(Kernel):
     """C = activation(A * B + bias + R), all f32."""
 
-    Params: ClassVar[type] = Tile
+    Params: ClassVar[type] = Blocked
 
     @property
     def op(self) -> str:
@@ -130,10 +144,32 @@ class FloatConv(Kernel):
         return out
 
     def default(self, workload: Conv, machine: Machine) -> Tile:
-        """The tile with the fewest estimated cycles."""
-        return min(
-            self.candidates(machine), key=lambda params: self._cycles(workload, params, machine)
-        )
+        """The tile with the fewest estimated cycles, in the order of the fewest bytes."""
+        choices = (Blocked(*values) for values in product(*map(self.SPACE.get, _TILE)))  # type: ignore[arg-type]
+        tiles = (t for t in choices if self.registers(t) <= machine.registers)
+        best = min(tiles, key=lambda params: self._cycles(workload, params, machine))
+        first = panels_first(workload, self.layout(workload, best), best.chunk << 10)
+        return replace(best, chunk=0) if first else best
+
+    def effect(self, workload: Conv, params: Tile) -> Hashable:
+        work = squeezed(workload)
+        height, width = work.outputs[1:]
+        pixels = width * (work.batch or 1) if flat(work) else width
+        tile = -ceil_div(pixels, ceil_div(pixels, params.mr))
+        if not flat(work) and width <= params.mr // 2 and height > 1:
+            tile = min(params.mr // width, height)
+        vectors = ceil_div(workload.filters // workload.groups, params.lanes)
+        panels = workload.groups * ceil_div(vectors, params.nr)
+        own = tile, min(params.nr, vectors), params.lanes
+        if not isinstance(params, Blocked):
+            return own
+        size = touched(workload) * (workload.batch or 1)
+        chunk = params.chunk if panels > 1 and params.chunk << 10 < size else 0
+        return *own, chunk, params.ahead and flat(work) and size > _AHEAD_BYTES
+
+    def estimate(self, workload: Conv, params: Tile, machine: Machine) -> float:
+        halves = 1.05 if params.lanes < machine.lanes else 1.0  # twice the instructions
+        return halves * self._cycles(workload, params, machine)
 
     def _cycles(self, workload: Conv, params: Tile, machine: Machine) -> float:
         """Estimated cycles of an image on one thread, two halves of 512-bit vectors in each."""
@@ -168,4 +204,4 @@ class FloatConv(Kernel):
         return Builder(self.name, workload, params, self.layout(workload, params)).function()
 
 
-__all__ = ["FloatConv", "Layout", "Tile"]
+__all__ = ["Blocked", "FloatConv", "Layout", "Tile"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 from ...workload import Conv
@@ -23,18 +24,25 @@ def ceil_div(a: Any, b: Any) -> Any:
 
 
 def flat(work: Conv) -> bool:
-    """Whether C's pixels are those of A: a matrix product."""
-    return work.kernel == work.strides == (1, 1, 1) and not any(map(any, work.pads))
+    """Whether every output has one tap, in its own place, or all of a row, which is its own.
+
+    C's pixels are then like those of a matrix product.
+    """
+    width, row = work.size[2], work.kernel[2]
+    own = row == 1 or work.dilations[2] == 1
+    apart = width == row or (width % row == 0 and work.strides[2] == row)
+    ones = work.kernel[:2] == work.strides[:2] == (1, 1)
+    return own and apart and ones and not any(map(any, work.pads))
 
 
 def squeezed(work: Conv) -> Conv:
     """The same convolution with as many pixels as possible in its last spatial dims.
 
-    Trailing dims of one pixel and one tap move to the front; those of a 1x1x1 kernel that takes
-    every pixel become one.
+    Trailing dims of one pixel and one tap move to the front; those of a flat one become one.
     """
     if flat(work):
-        return replace(work, size=(1, 1, work.size[0] * work.size[1] * work.size[2]))
+        row = work.kernel[2]
+        return replace(work, size=(1, 1, prod(work.size)), strides=(1, 1, row))
     for _ in range(2):
         if work.size[2] == work.kernel[2] == work.outputs[2] == 1 and not any(work.pads[2]):
             turned = {

@@ -10,15 +10,15 @@ With channels innermost a pass reads mr pixels of A side by side, each from end 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from ...machine import Machine
 from ...workload import Conv
 from ._float_conv import FloatConv, Layout, Tile
 from ._float_conv_loops import UNITS, Builder, Serial
-from ._float_conv_shape import Cell, ceil_div, columns_of
+from ._float_conv_shape import Cell, ceil_div, columns_of, squeezed
 from ._ir import T, i64, intrinsic, local, ramp, splat, tirx
 
 _ROW = 12  # kernel columns up to which a row of weights is kept in registers
@@ -26,6 +26,8 @@ _ROW = 12  # kernel columns up to which a row of weights is kept in registers
 
 class FloatDepthwise(FloatConv):
     """A filter of its own for every channel."""
+
+    Params: ClassVar[type] = Tile
 
     def refuses(self, workload: Conv) -> str | None:
         if not workload.depthwise:
@@ -42,6 +44,19 @@ class FloatDepthwise(FloatConv):
 
     def default(self, workload: Conv, machine: Machine) -> Tile:
         return Tile(7, 1, machine.lanes)
+
+    def effect(self, workload: Conv, params: Tile) -> Hashable:
+        return ceil_div(squeezed(workload).outputs[2], params.mr), params.lanes
+
+    def estimate(self, workload: Conv, params: Tile, machine: Machine) -> float:
+        """Loads of weights and pixels against multiply-adds, and tiles of too few pixels."""
+        _, _, stride = workload.strides
+        tiles = ceil_div(workload.outputs[2], params.mr)
+        mr, taps = workload.outputs[2] / tiles, workload.kernel[2]
+        loads = taps + (mr - 1) * stride + taps
+        steps = max(mr * taps, loads, 4.0) / mr
+        wide = params.lanes / 8
+        return steps * wide * ceil_div(workload.channels, params.lanes)
 
     def build(self, workload: Conv, params: Tile, machine: Machine) -> Any:
         return Depthwise(self.name, workload, params, self.layout(workload, params)).function()

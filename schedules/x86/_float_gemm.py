@@ -19,6 +19,7 @@ heights share a loop: 86 against 117 Gop/s at M 128, N 1024, K 1024.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -142,6 +143,17 @@ class FloatGemm(Kernel):
             cycles = [self._cycles(workload, params, m, machine) for params in choices]
             far_off = [off + c / min(cycles) for off, c in zip(far_off, cycles, strict=True)]
         return choices[far_off.index(min(far_off))]
+
+    def effect(self, workload: Gemm, params: Tile) -> Hashable:
+        vectors = ceil_div(workload.n, params.lanes)
+        rows = params.mr
+        if workload.m is not None:
+            rows = ceil_div(workload.m, ceil_div(workload.m, params.mr))
+        return rows, min(params.nr, vectors), params.lanes
+
+    def estimate(self, workload: Gemm, params: Tile, machine: Machine) -> float:
+        sizes = _BATCHES if workload.m is None else (workload.m,)
+        return sum(self._cycles(workload, params, m, machine) / m for m in sizes)
 
     def _cycles(self, workload: Gemm, params: Tile, m: int, machine: Machine) -> float:
         """Estimated cycles of all of C on one thread, and twice those of the busier of two.

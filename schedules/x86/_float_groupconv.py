@@ -12,6 +12,8 @@ which are turned into place and added once, at the end: no shuffle and no broadc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from math import prod
 from typing import Any, ClassVar
 
@@ -21,7 +23,7 @@ from ...machine import Machine
 from ...workload import Conv, ConvWeights
 from ._float_conv import FloatConv, Layout, Tile
 from ._float_conv_loops import Serial
-from ._float_conv_shape import Cell
+from ._float_conv_shape import Cell, ceil_div, squeezed
 from ._float_depthwise import Depthwise
 from ._ir import T, intrinsic, local, ramp, splat
 
@@ -29,6 +31,7 @@ from ._ir import T, intrinsic, local, ramp, splat
 class FloatGroupConv(FloatConv):
     """As many filters as channels in every group."""
 
+    Params: ClassVar[type] = Tile
     sizes: ClassVar[tuple[int, ...]]  # of groups that the kernel takes
 
     def refuses(self, workload: Conv) -> str | None:
@@ -59,6 +62,19 @@ class FloatGroupConv(FloatConv):
         size = workload.group_channels
         tiles = (t for t in self.candidates(machine) if t.nr == size and t.lanes == machine.lanes)
         return max(tiles, key=lambda tile: tile.mr)
+
+    def effect(self, workload: Conv, params: Tile) -> Hashable:
+        return params.nr == workload.group_channels, ceil_div(
+            squeezed(workload).outputs[2], params.mr
+        )
+
+    def estimate(self, workload: Conv, params: Tile, machine: Machine) -> float:
+        """Loads of pixels and weights against multiply-adds."""
+        size = workload.group_channels
+        if params.nr != size:
+            return math.inf
+        mr = workload.outputs[2] / ceil_div(workload.outputs[2], params.mr)
+        return max(mr * size, mr + size, 4.0) / mr
 
     def build(self, workload: Conv, params: Tile, machine: Machine) -> Any:
         return GroupConv(self.name, workload, params, self.layout(workload, params)).function()

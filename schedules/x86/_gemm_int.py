@@ -19,8 +19,8 @@ The part without A's row sum is where the accumulators start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,30 @@ class IntegerGemm(Dot, Kernel):
         if m <= max(choices):
             return m, nr
         return next((mr for mr in choices if m % mr == 0), choices[0]), nr
+
+    def effect(self, workload: Gemm, params: Any) -> Hashable:
+        vectors = ceil_div(workload.n, self.lanes(workload))
+        mr = params.mr
+        if workload.m is not None:
+            mr = ceil_div(workload.m, ceil_div(workload.m, mr))
+        return replace(params, mr=mr, nr=min(params.nr, vectors))
+
+    def estimate(self, workload: Gemm, params: Any, machine: Machine) -> float:
+        """Cycles, weights in the second-level cache; for an open m per row, of some m."""
+        lanes = self.lanes(workload)
+        vectors, steps = ceil_div(workload.n, lanes), ceil_div(workload.k, 4)
+        whole, rest = divmod(vectors, params.nr)
+        total = 0.0
+        for m in (1, 4, 16, 64) if workload.m is None else (workload.m,):
+            blocks = ceil_div(m, params.mr)
+            rows = m / blocks
+
+            def tile(nr: int, rows: float = rows) -> float:
+                end = 20 + 2 * rows * nr * lanes / 8
+                return end + steps * self.step_cycles(rows, nr, lanes, params)
+
+            total += (whole * tile(params.nr) + (tile(rest) if rest else 0.0)) * blocks / m
+        return total
 
     def layout(self, workload: Gemm, params: Any) -> Layout:
         lanes = self.lanes(workload)

@@ -26,6 +26,7 @@ where the groups are no multiple of its own.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -217,6 +218,24 @@ class IntegerGroupConv(Kernel):
             each = f"{workload.group_channels} to {workload.filters // workload.groups}"
             return f"{workload.groups} groups of {each} channels"
         return None
+
+    def effect(self, workload: Conv, params: Any) -> Hashable:
+        scheme = self.scheme(workload, params)
+        assert scheme is not None
+        cells = ceil_div(workload.outputs[2], params.pixels)
+        blocks = min(params.blocks, scheme.blocks)
+        return cells, scheme.vectors, scheme.operands, blocks, params.overlap
+
+    def estimate(self, workload: Conv, params: Any, machine: Machine) -> float:
+        """Pixels computed, of tiles whose multiply-adds outnumber their loads."""
+        scheme = self.scheme(workload, params)
+        assert scheme is not None
+        width = workload.outputs[2]
+        cells = ceil_div(width, params.pixels)
+        pixels = ceil_div(width, cells)
+        macs = pixels * scheme.vectors * workload.kernel[2]
+        loads = pixels * scheme.operands + workload.kernel[2] * scheme.vectors
+        return cells * max(macs, loads, 4.0 * workload.kernel[2]) / scheme.outputs
 
     def layout(self, work: Conv, params: Any) -> Layout:
         scheme = self.scheme(work, params)

@@ -14,6 +14,7 @@ cache: a sample of 27 x 64 is 7 kB, its transpose 8 kB.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +45,28 @@ def columns(workload: Interaction, lanes: int) -> int:
     return whole + (lanes if workload.order == "upper" else 0)
 
 
+def usable(workload: Interaction, lanes: int) -> int:
+    """Columns of a vector where rows may be shorter."""
+    return min(lanes, workload.dim // _LEAST * _LEAST)
+
+
+def tiles(workload: Interaction, accumulators: int, lanes: int) -> list[range]:
+    """Rows of the triangle, in order, grouped so that their sums fit the registers."""
+    width = [-(-len(workload.row(i)) // lanes) for i in range(workload.vectors)]
+    out: list[range] = []
+    first = next(i for i in range(workload.vectors) if width[i])
+    last = max(i for i in range(workload.vectors) if width[i]) + 1
+    while first < last:
+        end = first + 1
+        room = accumulators - width[first]
+        while end < last and width[end] <= room and width[end] == width[first]:
+            room -= width[end]
+            end += 1
+        out.append(range(first, end))
+        first = end
+    return out
+
+
 class InteractionKernel(Kernel[Interaction, None]):
     """out = dense, then the triangle of x times its transpose."""
 
@@ -62,6 +85,10 @@ class InteractionKernel(Kernel[Interaction, None]):
         """The sums, vectors of XT and a broadcast."""
         return params.accumulators + params.accumulators // 6 + 2
 
+    def effect(self, workload: Interaction, params: Tile) -> Hashable:
+        lanes = usable(workload, params.lanes)
+        return tuple(tiles(workload, params.accumulators, lanes)), lanes
+
     def pack(self, workload: Interaction, weights: None, params: Tile) -> np.ndarray:
         return np.zeros(0, np.uint8)
 
@@ -72,7 +99,7 @@ class InteractionKernel(Kernel[Interaction, None]):
 class _Builder:
     def __init__(self, kernel: InteractionKernel, work: Interaction, params: Tile) -> None:
         self.kernel, self.work, self.params = kernel, work, params
-        self.lanes = min(params.lanes, work.dim // _LEAST * _LEAST)
+        self.lanes = usable(work, params.lanes)
         self.columns = columns(work, self.lanes)
         self.vector = f"float32x{self.lanes}"
 
@@ -107,7 +134,7 @@ class _Builder:
         with T.serial(first, last) as bag:
             self._transpose(bag, xt)
             at = self.work.dim
-            for tile in self._tiles():
+            for tile in tiles(self.work, self.params.accumulators, self.lanes):
                 self._tile(bag, xt, tile, at)
                 at += sum(len(self.work.row(i)) for i in tile)
 
@@ -129,23 +156,6 @@ class _Builder:
                 for r, column in enumerate(_transposed([rows[i] for i in names], lanes)):
                     at = (k + r) * self.columns + first
                     T.buffer_store(xt, column, [ramp(at, lanes)])
-
-    def _tiles(self) -> list[range]:
-        """Rows of the triangle, in order, grouped so that their sums fit the registers."""
-        work = self.work
-        width = [-(-len(work.row(i)) // self.lanes) for i in range(work.vectors)]
-        tiles: list[range] = []
-        first = next(i for i in range(work.vectors) if width[i])
-        last = max(i for i in range(work.vectors) if width[i]) + 1
-        while first < last:
-            end = first + 1
-            room = self.params.accumulators - width[first]
-            while end < last and width[end] <= room and width[end] == width[first]:
-                room -= width[end]
-                end += 1
-            tiles.append(range(first, end))
-            first = end
-        return tiles
 
     def _tile(self, bag: Any, xt: Any, tile: range, at: int) -> None:
         """Rows `tile` of the triangle; the first of them is at element `at` of the output."""

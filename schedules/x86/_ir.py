@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -13,6 +14,7 @@ from tvm.tirx.script import builder as T
 __all__ = [
     "T",
     "bits",
+    "fetch_share",
     "i64",
     "intrinsic",
     "local",
@@ -76,6 +78,20 @@ def shared(total: Any, units: int, body: Callable[[Any, Any], None]) -> None:
     with T.parallel(i64(0), tirx.floordiv(total + (chunk - 1), chunk)) as unit:
         first = T.Bind(unit * chunk)
         body(first, T.Bind(tirx.min(first + chunk, total)))
+
+
+def fetch_share(flat: Any, pixel: Any, size: tuple[int, int], part: Any, parts: int) -> None:
+    """Prefetches a part of some pixels into the second-level cache.
+
+    They lie one after the other in a buffer of one dim from number `pixel` on; `size` is how many
+    and the elements of each. What lies after the buffer may be asked for: that is no fault.
+    """
+    line = 64 // np.dtype(str(flat.dtype)).itemsize  # elements of a cache line
+    count = -(-size[0] * size[1] // (line * parts))
+    first = T.Bind(pixel * size[1] + part * (count * line))
+    for i in range(count):
+        place = T.address_of(flat[first + i * line])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", place, 0, 2, 1))
 
 
 def masked_store(buffer: Any, index: Any, value: Any, lanes: int, valid: int) -> None:

@@ -23,6 +23,8 @@ class ConvF32Avx2(FloatConv):
         "mr": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12),
         "nr": (1, 2, 3, 4),
         "lanes": (8,),
+        "chunk": (0, 512),
+        "ahead": (False, True),
     }
 
 

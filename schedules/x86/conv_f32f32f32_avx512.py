@@ -27,6 +27,8 @@ class ConvF32Avx512(FloatConv):
         "mr": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 16, 20, 24),
         "nr": (1, 2, 3, 4),
         "lanes": (8, 16),
+        "chunk": (0, 512),
+        "ahead": (False, True),
     }
 
 

@@ -18,10 +18,12 @@ class ConvAvx2(Conv7):
     name = "conv_u8s7s32_avx2"
     features = ("avx2", "fma")
     SPACE: ClassVar = {
-        "mr": (1, 2, 3, 4, 5, 6),
+        "mr": (1, 2, 3, 4, 5, 6, 8),
         "nr": (1, 2, 3, 4),
         "prefetch": (False, True),
         "defer": (False, True),
+        "chunk": (0, 256, 1024),
+        "ahead": (False, True),
     }
     bits = 256
     gops = 225.0

@@ -23,6 +23,8 @@ class Params:
     nr: int = 4  # vectors of filters kept in registers
     prefetch: bool = False  # of the next panel of weights to L2
     defer: bool = False  # store a tile during the k-steps of the next
+    chunk: int = 1024  # KiB of A, R and C that stay in L2 while panels pass; 0: all by each panel
+    ahead: bool = False  # prefetch what tiles of the next chunk read and write
 
 
 class Conv7(Dot7, IntegerConv):
@@ -39,10 +41,12 @@ class ConvAvx512(Conv7):
     name = "conv_u8s7s32_avx512"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
     SPACE: ClassVar = {
-        "mr": (1, 2, 4, 5, 6, 8),
+        "mr": (1, 2, 4, 5, 6, 7, 8),
         "nr": (1, 2, 3, 4),
         "prefetch": (False, True),
         "defer": (False, True),
+        "chunk": (0, 256, 1024),
+        "ahead": (False, True),
     }
     bits = 512
     gops = 230.0

@@ -18,11 +18,13 @@ class ConvAvx2(Conv16):
     name = "conv_u8s8s32_avx2"
     features = ("avx2", "fma")
     SPACE: ClassVar = {
-        "mr": (1, 2, 3, 4, 6),
+        "mr": (1, 2, 3, 4, 5, 6),
         "nr": (1, 2, 3, 4),
         "wide": (False, True),
         "prefetch": (False,),
         "defer": (False, True),
+        "chunk": (0, 256, 1024),
+        "ahead": (False, True),
     }
     bits = 256
     gops = 170.0

@@ -30,6 +30,8 @@ class Params:
     wide: bool = True  # B stored as s16: twice the memory, nothing to widen
     prefetch: bool = False  # of the next panel of weights to L2
     defer: bool = False  # store a tile during the k-steps of the next
+    chunk: int = 1024  # KiB of A, R and C that stay in L2 while panels pass; 0: all by each panel
+    ahead: bool = False  # prefetch what tiles of the next chunk read and write
 
 
 class Conv16(Dot16, IntegerConv):
@@ -46,11 +48,13 @@ class ConvAvx512(Conv16):
     name = "conv_u8s8s32_avx512"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
     SPACE: ClassVar = {
-        "mr": (1, 2, 4, 5, 6, 8),
+        "mr": (1, 2, 4, 5, 6, 7, 8),
         "nr": (1, 2, 3, 4),
         "wide": (False, True),
         "prefetch": (False,),
         "defer": (False, True),
+        "chunk": (0, 256, 1024),
+        "ahead": (False, True),
     }
     bits = 512
     gops = 185.0

@@ -50,6 +50,8 @@ class Params:
     nr: int = 2  # vectors of filters kept in registers
     prefetch: bool = False  # of the next panel of weights to L2
     defer: bool = False  # store a tile during the k-steps of the next
+    chunk: int = 1024  # KiB of A, R and C that stay in L2 while panels pass; 0: all by each panel
+    ahead: bool = False  # prefetch what tiles of the next chunk read and write
 
 
 class ConvVnni(DotVnni, IntegerConv):
@@ -57,10 +59,12 @@ class ConvVnni(DotVnni, IntegerConv):
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
     Params: Any = Params
     SPACE: ClassVar = {
-        "mr": (1, 2, 4, 7, 8, 9, 10, 13),
+        "mr": (1, 2, 4, 5, 7, 8, 9, 10, 12, 13),
         "nr": (1, 2, 3, 4, 5),
         "prefetch": (False, True),
         "defer": (False, True),
+        "chunk": (0, 256, 1024),
+        "ahead": (False, True),
     }
     gops = 450.0
 

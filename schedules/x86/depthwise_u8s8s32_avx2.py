@@ -17,7 +17,11 @@ from .depthwise_u8s8s32_avx512 import Depthwise16, Params
 class DepthwiseAvx2(Depthwise16):
     name = "depthwise_u8s8s32_avx2"
     features = ("avx2", "fma")
-    SPACE: ClassVar = {"pixels": (2, 4, 6), "strip_bytes": (24 << 10,), "unroll": (4,)}
+    SPACE: ClassVar = {
+        "pixels": (2, 4, 6),
+        "strip_bytes": (16 << 10, 24 << 10, 40 << 10),
+        "unroll": (4,),
+    }
     bits = 256
     gops = 80.0
 

@@ -78,7 +78,11 @@ class Depthwise16(Depthwise):
 class DepthwiseAvx512(Depthwise16):
     name = "depthwise_u8s8s32_avx512"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
-    SPACE: ClassVar = {"pixels": (4, 6, 8), "strip_bytes": (24 << 10,), "unroll": (4,)}
+    SPACE: ClassVar = {
+        "pixels": (4, 6, 8),
+        "strip_bytes": (16 << 10, 24 << 10, 40 << 10),
+        "unroll": (4,),
+    }
     bits = 512
     gops = 90.0
 

@@ -48,7 +48,11 @@ class DepthwiseVnni(Depthwise):
     name = "depthwise_u8s8s32_vnni"
     features = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
     Params: Any = Params
-    SPACE: ClassVar = {"pixels": (4, 6, 8, 10), "strip_bytes": (24 << 10,), "unroll": (4,)}
+    SPACE: ClassVar = {
+        "pixels": (4, 6, 8, 10),
+        "strip_bytes": (16 << 10, 24 << 10, 40 << 10),
+        "unroll": (4,),
+    }
     taps = 4
     bits = 512
     gops = 180.0
