@@ -358,3 +358,13 @@ def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, capsys: An
     assert main([*command(model, file / "logs")[3:]]) == 7
     err = capsys.readouterr().err
     assert "error DC701" in err and "--log" in err and os.fspath(file) in err
+
+
+def test_a_search_begins_with_steps_from_the_default() -> None:
+    found = tune.steps(task())
+    assert 0 < len(found) <= 10 and len(set(found)) == len(found)
+    for params in found:
+        assert (
+            sum(a != b for a, b in zip(default().values(), asdict(params).values(), strict=True))
+            == 1
+        )

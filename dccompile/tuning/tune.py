@@ -25,6 +25,7 @@ from .server import versions
 from .tasks import Task
 
 _HARM = 0.995  # of a model's speed: less is more than noise
+_STEPS = 10  # from the default, tried before a search begins
 NO_LOGS = "none"  # compile's word for defaults alone
 
 
@@ -179,6 +180,7 @@ class _Run:
     ) -> None:
         self.tasks, self.models = listed, models
         self.engine, self.journal, self.folder = engine, journal, folder
+        self.known: dict[str, lookup.Tuning] = {}
 
     def run(
         self, seconds: float | None, trials: int | None, seed: int, progress: Progress
@@ -215,10 +217,11 @@ class _Run:
         return report
 
     def _hints(self, task: Task) -> list[Any]:
-        """What is known to be good for this workload or one like it."""
-        known = lookup.Tuning(self.folder, task.target.name, None)
-        found = known.find(task.kernel, task.workload, task.target)
-        return [found.params] if found is not None else []
+        """What is known to be good for a workload like it, then steps from the default."""
+        if task.target.name not in self.known:
+            self.known[task.target.name] = lookup.Tuning(self.folder, task.target.name, None)
+        found = self.known[task.target.name].find(task.kernel, task.workload, task.target)
+        return ([found.params] if found is not None else []) + steps(task)
 
     def _settle(self, report: Report, here: str, progress: Progress) -> None:
         """Keeps the winners that make their models faster, writes the records of all tasks."""
@@ -275,6 +278,19 @@ class _Run:
 def _uses(decision: Decision, model: whole.Model) -> bool:
     task = decision.task
     return task.target.name == model.target and model.source.name in task.uses
+
+
+def steps(task: Task) -> list[Any]:
+    """Points that differ from the default in one knob: knobs of few values, which are the least
+    like their neighbours, first.
+    """
+    default = asdict(task.default())
+    found = []
+    for params in task.space():
+        changed = [name for name, value in asdict(params).items() if value != default[name]]
+        if len(changed) == 1:
+            found.append((len(task.kernel.SPACE[changed[0]]), params))
+    return [params for _, params in sorted(found, key=lambda row: row[0])[:_STEPS]]
 
 
 def _id(decision: Decision) -> tuple[str, str, str]:
