@@ -241,15 +241,11 @@ class _Usable:
 # ---- how near two workloads are ----
 
 
-def distance(a: Workload, b: Workload) -> float:
+def _apart(a: _Features, b: _Features) -> float:
     """The sum of |log2| of the ratios of the sizes; infinite where more than sizes differs.
 
-    Both have the same operator and form.
+    Both are of workloads of the same operator and form.
     """
-    return _apart(_features(a), _features(b))
-
-
-def _apart(a: _Features, b: _Features) -> float:
     if a[0] != b[0]:
         return float("inf")
     return sum(abs(log2(x / y)) for x, y in zip(a[1], b[1], strict=True))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -26,6 +27,8 @@ from .workload import Conv, EmbeddingBag, Gemm, Interaction, Workload, from_json
 if TYPE_CHECKING:
     from .kernel import Kernel
     from .machine import Machine
+
+LOSERS = "losers"  # below a folder of logs: every trial, and the lock; git ignores it
 
 # ---- one record ----
 
@@ -309,9 +312,12 @@ class Log:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else changes the logs of this folder meanwhile. Raises OSError."""
-    path = folder / "losers" / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
+    root = folder / LOSERS
+    root.mkdir(parents=True, exist_ok=True)
+    ignore = root / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n")
+    with (root / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -371,11 +377,21 @@ def _write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    number = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Puts the names of a folder's files on the disk."""
+    number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def today() -> str:
+    """The date of a trial or record, UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def packaged() -> Path:

@@ -43,6 +43,11 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(schedules.load())
 
 
+def named(name: str) -> Kernel | None:
+    """The kernel of this name, None if there is none."""
+    return next((kernel for kernel in kernels() if kernel.name == name), None)
+
+
 def runnable(machine: Machine) -> list[Kernel]:
     """Kernels whose instructions the machine has."""
     return [k for k in kernels() if set(k.features) <= set(machine.features)]

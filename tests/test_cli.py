@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from shell import Shell
 
 from dccompile import console, sources
 from dccompile.cli import disassemble, verbs
@@ -69,36 +70,6 @@ def compiled(model: Path) -> Path:
     path = model.with_suffix(".dcm")
     assert cli.main(["compile", str(model), "-o", str(path), "--target", "host", "-q"]) == 0
     return path
-
-
-class Shell:
-    """Runs the command line in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *args: object, code: int = 0) -> tuple[str, str]:
-        """stdout and stderr; fails unless the exit code is `code`."""
-        self.capsys.readouterr()
-        got = cli.main([str(a) for a in args])
-        out, err = self.capsys.readouterr()
-        assert got == code, f"exit {got}, stdout:\n{out}\nstderr:\n{err}"
-        return out, err
-
-    def json(self, verb: str, *args: object, code: int = 0) -> dict[str, Any]:
-        """The document of --json, which is all of stdout."""
-        body = json.loads(self(verb, *args, "--json", code=code)[0])
-        assert body["schema"] == f"dccompile.{verb}/1"
-        assert body["environment"]["versions"]["dccompile"]
-        return dict(body)
-
-    def fails(self, code: int, *args: object, after_output: bool = False) -> str:
-        """The one line of an error: no traceback, nothing on stdout unless `after_output`."""
-        out, err = self(*args, code=code)
-        lines = [line for line in err.splitlines() if line.startswith("error DC")]
-        assert bool(out) == after_output and len(lines) == 1 and "Traceback" not in err
-        assert ". Fix: " in lines[0]
-        return lines[0]
 
 
 @pytest.fixture

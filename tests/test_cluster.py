@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dccompile import __version__, fingerprint, registry
+from dccompile import __version__, registry
 from dccompile.cli.main import main
 from dccompile.errors import TuningError, UsageError
 from dccompile.machine import TARGETS, Machine, cpu_type
@@ -101,19 +100,8 @@ def request() -> dict[str, Any]:
     """A quick trial of a default against itself."""
     work = Gemm(8, 64, 64, "f32", "f32", "f32")
     choice = registry.select(work, TARGET)
-    params = asdict(choice.params)
-    return {
-        "target": TARGET.name,
-        "kernel": choice.kernel.name,
-        "workload": work.to_json(),
-        "params": params,
-        "against": params,
-        "seconds": 0.02,
-        "limit": 30.0,
-        "seed": 0,
-        "schedule": fingerprint.schedule(choice.kernel),
-        "versions": server.versions(),
-    }
+    both = choice.params, choice.params
+    return server.request(choice.kernel, TARGET.name, work, *both, seconds=0.02, limit=30.0)
 
 
 def until(true: Callable[[], Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shell as shell_of_tests
 from onnx import TensorProto, helper, numpy_helper
 
 from dccompile import fingerprint, machine, records, registry
@@ -61,18 +62,12 @@ def log(folder: Path, *lines: Record | str, kernel: str = "", target: str = "") 
     return path
 
 
-class Shell:
+class Shell(shell_of_tests.Shell):
     """Runs ``dccompile records`` in this process."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
     def __call__(self, *args: object, code: int = 0) -> tuple[str, str]:
-        """stdout and stderr; fails unless the exit code is `code`."""
-        self.capsys.readouterr()
-        got = cli.main(["records", *(str(a) for a in args)])
-        out, err = self.capsys.readouterr()
-        assert got == code, f"exit {got}, stdout:\n{out}\nstderr:\n{err}"
+        """stdout and stderr; fails unless the exit code is `code`, and says why it is."""
+        out, err = super().__call__("records", *args, code=code)
         errors = [line for line in err.splitlines() if line.startswith("error DC")]
         assert len(errors) == bool(code) and all(". Fix: " in line for line in errors)
         return out, err

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ pytest.importorskip("tvm", reason="the compiler extra is not installed")
 import tvm
 import tvm_ffi
 
-from dccompile import fingerprint, registry
+from dccompile import registry
 from dccompile.generic import legalize, stack
 from dccompile.machine import TARGETS, cpu_type, missing_features
 from dccompile.tuning import children, problems, race, server
@@ -63,20 +63,9 @@ WORKLOADS = {
 
 def request(work, **more):
     choice = registry.select(work, MACHINE)
-    params = asdict(choice.params)
-    return {
-        "target": MACHINE.name,
-        "kernel": choice.kernel.name,
-        "workload": work.to_json(),
-        "params": params,
-        "against": params,
-        "seconds": 0.01,
-        "limit": 60,
-        "seed": 3,
-        "schedule": fingerprint.schedule(choice.kernel),
-        "versions": server.versions(),
-        **more,
-    }
+    both = choice.params, choice.params
+    asked = server.request(choice.kernel, MACHINE.name, work, *both, seconds=0.01, seed=3)
+    return {**asked, **more}
 
 
 def bad(kind, **more):

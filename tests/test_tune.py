@@ -25,7 +25,7 @@ from dccompile.cli.main import main
 from dccompile.console import Progress
 from dccompile.errors import TuningError, UsageError
 from dccompile.machine import host
-from dccompile.tuning import job, tune, whole
+from dccompile.tuning import job, race, tune, whole
 from dccompile.tuning.job import Job
 from dccompile.tuning.journal import Journal
 from dccompile.tuning.tasks import Task
@@ -234,9 +234,9 @@ def test_a_loser_in_the_model_is_logged_as_default() -> None:
 
 
 def test_bounds_of_a_median() -> None:
-    low, high = whole.bounds(np.arange(101.0))
+    low, high = race.bounds(np.arange(101.0))
     assert 38 <= low < 50 < high <= 62
-    assert whole.bounds(np.array([1.0, 2.0, 3.0])) == (1.0, 3.0)
+    assert race.bounds(np.array([1.0, 2.0, 3.0])) == (1.0, 3.0)
 
 
 # ---- the command ----

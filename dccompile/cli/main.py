@@ -70,6 +70,9 @@ def parser() -> _Parser:
     seeded = _Parser(add_help=False)
     seeded.add_argument("--seed", type=int, default=0, help="of a reference model's weights (0)")
 
+    written = _Parser(add_help=False)
+    written.add_argument("--log", metavar="DIR", help="where the logs are (the packaged ones)")
+
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     add = verbs.add_parser("models", parents=[common, machine], help="list the reference models")
@@ -137,22 +140,18 @@ def parser() -> _Parser:
 
     add = verbs.add_parser(
         "tune",
-        parents=[common, machine, seeded],
+        parents=[common, machine, compiling, written],
         help="find the fastest parameters of a model's kernels; can be stopped and goes on",
     )
     add.add_argument("model", metavar="MODEL", nargs="*", help="an .onnx file or reference model")
     add.add_argument("--kernels", nargs="?", const="*", metavar="GLOB", help="and deployed shapes")
-    add.add_argument("--target", action="append", metavar="T", help="(host)")
-    add.add_argument("--shape", action="append", default=[], metavar="X:DIMS")
-    add.add_argument("--precision", default="keep", choices=["keep", "fp16-weights"])
-    add.add_argument("--embedding", default="keep", choices=["keep", "fp16", "int8", "int4"])
+    add.add_argument("--seed", type=int, default=0, help="of the search and its data (0)")
     add.add_argument("--budget", metavar="B", help="30m or 2000trials (all trials)")
     add.add_argument("--task", default="*", metavar="GLOB", help="kernels or labels of tasks (*)")
     add.add_argument(
         "--workers", metavar="N|URL", help="processes here (cores), or tcp://SCHEDULER:PORT"
     )
     add.add_argument("--dry-run", action="store_true", help="list tasks, spaces, estimated time")
-    add.add_argument("--log", metavar="DIR", help="where the logs are (the packaged ones)")
 
     add = verbs.add_parser(
         "worker", parents=[common], help="measure trials for tuning jobs on other machines"
@@ -164,8 +163,6 @@ def parser() -> _Parser:
     inner = add.add_subparsers(dest="action", required=True, metavar="ACTION")
     logs = _Parser(add_help=False)
     logs.add_argument("folder", metavar="DIR", nargs="?", help="(the packaged logs)")
-    written = _Parser(add_help=False)
-    written.add_argument("--log", metavar="DIR", help="where the logs are (the packaged ones)")
     inner.add_parser(
         "verify",
         parents=[common, machine, logs],

@@ -64,7 +64,7 @@ class Bench:
         task = self._tasks.pop(key, None)
         if task is None:
             workload = from_json(request["workload"])
-            kernel = _kernel(request["kernel"])
+            kernel = registry.named(request["kernel"])
             assert kernel is not None
             reason = kernel.refuses(workload)
             if reason is not None:
@@ -196,7 +196,7 @@ def refusal(request: dict[str, Any]) -> str | None:
     target = TARGETS.get(request["target"])
     if target is None:
         return f"target {request['target']} is not known here"
-    kernel = _kernel(request["kernel"])
+    kernel = registry.named(request["kernel"])
     if kernel is None:
         return f"kernel {request['kernel']} is not known here"
     lacks = missing_features(sorted({*target.features, *kernel.features}))
@@ -220,10 +220,6 @@ def versions() -> dict[str, str]:
 def worker() -> str:
     """This process, as results name it."""
     return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _kernel(name: str) -> Any:
-    return next((k for k in registry.kernels() if k.name == name), None)
 
 
 def _one_line(error: BaseException) -> str:

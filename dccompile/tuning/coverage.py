@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import lookup, registry
+from ..bench import measure
 from ..errors import UsageError
 from ..records import Record
 from . import tasks
@@ -36,15 +36,15 @@ def gains(found: Sequence[Record]) -> Gains:
         len(found),
         sorted({r.cpu for r in found}),
         sum(v > 1 for v in values),
-        geometric_mean(values),
+        _mean(values),
         max(values, default=None),
         max((r.date for r in found), default=None),
     )
 
 
-def geometric_mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+def _mean(values: Sequence[float]) -> float | None:
+    """The geometric mean, None of nothing."""
+    return measure.geometric_mean(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,6 @@ def summary(rows: Sequence[Covered]) -> Summary:
         sum(row.uses for row in rows),
         {source: counts[source] for source in SOURCES},
         sum(row.uses for row in rows if row.source != "default"),
-        geometric_mean([gain for *_, gain in exact]),
+        _mean([gain for *_, gain in exact]),
         before / after if exact else None,
     )

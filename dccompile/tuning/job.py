@@ -14,16 +14,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from .. import fingerprint
+from .. import fingerprint, records
 from ..console import Progress
 from ..errors import TuningError
 from . import search
 from .journal import Journal
-from .server import versions
+from .server import request, versions
 from .tasks import Peaks, Task
 
 TRIAL_S, FINAL_S = 0.15, 0.6  # of measuring
-LIMIT_S = 60.0  # for a trial altogether, then it is killed
 FINALISTS = 3
 GAIN = 1.01  # the least that counts as faster
 _OVERHEAD_S = 0.35  # of a trial: generating code, checking
@@ -224,20 +223,17 @@ class Job:
         self, subject: Subject, params: Any, against: Any, seconds: float
     ) -> tuple[Subject, dict[str, Any], Any]:
         task = subject.task
-        request = {
-            "target": task.target.name,
-            "kernel": task.kernel.name,
-            "workload": task.workload.to_json(),
-            "params": asdict(params),
-            "against": asdict(against),
-            "seconds": seconds,
-            "limit": LIMIT_S,
-            "weights": task.weights,
-            "seed": self.seed,
-            "schedule": fingerprint.schedule(task.kernel),
-            "versions": self.versions,
-        }
-        return subject, request, (params, against, seconds == FINAL_S)
+        asked = request(
+            task.kernel,
+            task.target.name,
+            task.workload,
+            params,
+            against,
+            seconds=seconds,
+            weights=task.weights,
+            seed=self.seed,
+        )
+        return subject, asked, (params, against, seconds == FINAL_S)
 
     @staticmethod
     def _finalists(subject: Subject) -> list[Any]:
@@ -249,7 +245,7 @@ class Job:
     # ---- taking ----
 
     def _take(self, future: Future[dict[str, Any]]) -> None:
-        subject, request, (params, against, final) = self.flying.pop(future)
+        subject, asked, (params, against, final) = self.flying.pop(future)
         subject.flying -= 1
         result = future.result()
         task = subject.task
@@ -264,12 +260,12 @@ class Job:
         gain = result["ratio"] * subject.gains[against] if ok else None
         entry = {
             **{name: result.get(name) for name in _KEPT},
-            **{name: request[name] for name in ("params", "against", "schedule", "seed")},
+            **{name: asked[name] for name in ("params", "against", "schedule", "seed")},
             "key": task.key,
             "gain": None if gain is None else round(gain, 5),
             "final": final,
             "tvm": self.versions["tvm"],
-            "date": today(),
+            "date": records.today(),
         }
         self.journal.append(task.target.name, task.kernel.name, entry)
         self.trials += 1
@@ -333,11 +329,6 @@ class Job:
         over = sum(s.over for s in self.subjects)
         spent = f"{now - self.start:.0f} s, {self.trials} trials"
         self.progress.step(f"{spent}: {subject.task.label}: {text}", over, len(self.subjects))
-
-
-def today() -> str:
-    """The date of a trial or record, UTC."""
-    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def estimate(tasks: Iterable[tuple[Task, int]], slots: int) -> float:

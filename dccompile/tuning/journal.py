@@ -8,21 +8,18 @@ was torn all the same is ended by the next writer, and skipped by readers.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import records
 from ..errors import TuningError
 from ..kernel import Kernel
 from .tasks import Task
 
-_FOLDER = "losers"
-_LOCK = ".lock"
 # What a trial of this machine and this software says of its parameters. A refusal says nothing.
 _FINAL = ("ok", "wrong", "crash", "timeout", "error")
 
@@ -38,7 +35,7 @@ class Journal:
         self.broken: dict[tuple[str, str], int] = {}
 
     def path(self, target: str, kernel: str) -> Path:
-        return self.folder / _FOLDER / target / f"{kernel}.jsonl"
+        return self.folder / records.LOSERS / target / f"{kernel}.jsonl"
 
     def append(self, target: str, kernel: str, entry: Mapping[str, Any]) -> None:
         """Adds a line; it is on the disk when this returns.
@@ -49,7 +46,7 @@ class Journal:
         path = self.path(target, kernel)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock():
+            with records.locked(self.folder):
                 new = not path.exists()
                 number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
@@ -57,7 +54,7 @@ class Journal:
                 finally:
                     os.close(number)
                 if new:
-                    _sync(path.parent)
+                    records.sync(path.parent)
         except OSError as error:
             raise TuningError(
                 f"tuning log '{self.folder}': {path.name} cannot be written "
@@ -99,20 +96,6 @@ class Journal:
                 found[params] = trial
         return found
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One writer at a time, of all jobs on this log."""
-        root = self.folder / _FOLDER
-        ignore = root / ".gitignore"
-        if not ignore.exists():
-            ignore.write_text("*\n")
-        number = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(number)
-
 
 def _restore(kernel: Kernel, data: Mapping[str, Any]) -> Any | None:
     """The kernel's Params of this JSON, or None where its fields are others, or no plain values."""
@@ -130,14 +113,6 @@ def _write(number: int, line: bytes) -> None:
     if os.write(number, line) != len(line):
         raise OSError("the disk is full")
     os.fsync(number)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

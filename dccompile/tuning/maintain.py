@@ -133,7 +133,7 @@ def task(record: Record) -> Task:
     machine = TARGETS.get(record.target)
     if machine is None:
         raise ValueError(f"target '{record.target}' is none of {', '.join(TARGETS)}")
-    kernel = next((k for k in registry.kernels() if k.name == record.kernel), None)
+    kernel = registry.named(record.kernel)
     if kernel is None:
         raise ValueError(f"no kernel is called '{record.kernel}'")
     lacks = [f for f in kernel.features if f not in machine.features]

@@ -70,13 +70,18 @@ def _calls(turns: Turns) -> int:
     return max(1, math.ceil(_SAMPLE_NS / spent))
 
 
+def bounds(ordered: np.ndarray) -> tuple[float, float]:
+    """What holds the median of sorted samples with a chance of 95 %: two of them."""
+    count = len(ordered)
+    low = max(0, math.floor((count - 1) / 2 - 0.98 * math.sqrt(count)))
+    return float(ordered[low]), float(ordered[count - 1 - low])
+
+
 def _summary(rows: list[list[tuple[float, float]]]) -> dict[str, Any]:
     times = np.array(rows)  # (rounds, problems, 2)
     ratios = np.sort(np.exp(np.log(times[:, :, 1] / times[:, :, 0]).mean(axis=1)))
     us = times[:, :, 0].sum(axis=1) / 1e3
-    count = len(ratios)
-    # order statistics that hold the median with a chance of 95 %
-    low = max(0, math.floor((count - 1) / 2 - 0.98 * math.sqrt(count)))
+    low, high = bounds(ratios)
     return {
         "status": "ok",
         "reason": "",
@@ -85,7 +90,7 @@ def _summary(rows: list[list[tuple[float, float]]]) -> dict[str, Any]:
         "p80": round(float(np.percentile(us, 80)), 4),
         "against_us": round(float(np.median(times[:, :, 1].sum(axis=1))) / 1e3, 4),
         "ratio": round(float(np.median(ratios)), 5),
-        "low": round(float(ratios[low]), 5),
-        "high": round(float(ratios[count - 1 - low]), 5),
-        "rounds": count,
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "rounds": len(ratios),
     }

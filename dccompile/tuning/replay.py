@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, replace
@@ -14,8 +13,9 @@ from .. import fingerprint, records
 from ..machine import TARGETS, missing_features
 from ..records import Record
 from . import maintain
-from .job import Engine, versions
+from .job import Engine
 from .maintain import printable, scan
+from .server import request, versions
 from .tasks import Task
 
 STATES = ("holds", "level", "lost", "failed", "skipped")
@@ -144,8 +144,8 @@ def _measured(
     while waiting or flying:
         while waiting and len(flying) < sum(engine.slots(cpu) for cpu in engine.machines()):
             subject = waiting.pop()
-            request = _request(subject, seconds * (2 if subject.slower else 1), seed)
-            flying[engine.submit(request, subject.record.cpu)] = subject
+            asked = _request(subject, seconds * (2 if subject.slower else 1), seed)
+            flying[engine.submit(asked, subject.record.cpu)] = subject
         for future in wait(flying, return_when=FIRST_COMPLETED).done:
             subject = flying.pop(future)
             verdict = _judge(subject, future.result())
@@ -157,21 +157,19 @@ def _measured(
 
 def _request(subject: _Subject, seconds: float, seed: int) -> dict[str, Any]:
     """The next measurement: of the winner, or of the default where the winner is out."""
-    task, default = subject.task, asdict(subject.task.default())
+    task, default = subject.task, subject.task.default()
     out = subject.params is None or subject.verdict is not None
-    return {
-        "target": task.target.name,
-        "kernel": task.kernel.name,
-        "workload": task.workload.to_json(),
-        "params": default if out else asdict(subject.params),
-        "against": default,
-        "seconds": seconds,
-        "limit": _LIMIT_S,
-        "weights": subject.record.weights_mib << 20,
-        "seed": seed,
-        "schedule": fingerprint.schedule(task.kernel),
-        "versions": versions(),
-    }
+    return request(
+        task.kernel,
+        task.target.name,
+        task.workload,
+        default if out else subject.params,
+        default,
+        seconds=seconds,
+        limit=_LIMIT_S,
+        weights=subject.record.weights_mib << 20,
+        seed=seed,
+    )
 
 
 def _judge(subject: _Subject, result: dict[str, Any]) -> Verdict | None:
@@ -222,5 +220,5 @@ def _renewed(
         gain=1.0 if gain is None else round(gain, 4),
         tvm=versions()["tvm"],
         schedule=fingerprint.schedule(subject.task.kernel),
-        date=time.strftime("%Y-%m-%d"),
+        date=records.today(),
     )

@@ -30,16 +30,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from .. import fingerprint, registry
+from ..kernel import Kernel
 from ..machine import TARGETS, cpu_type
+from ..workload import Workload
 from . import turns
 from .children import LIMIT_S, Bench, last_line, versions, worker
+from .trial import WEIGHTS
 
-__all__ = ["Server", "main", "run_here", "versions"]
+__all__ = ["LIMIT_S", "Server", "main", "request", "run_here", "versions"]
 
 GRACE_S = 60.0  # beyond a trial's limit: making a problem, or starting
 _NUMBERS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -91,6 +95,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 # ---- elsewhere ----
+
+
+def request(
+    kernel: Kernel[Any, Any],
+    target: str,
+    workload: Workload,
+    params: Any,
+    against: Any,
+    *,
+    seconds: float,
+    limit: float = LIMIT_S,
+    weights: int = WEIGHTS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A request to race `params` against the incumbent's, by this version of everything."""
+    return {
+        "target": target,
+        "kernel": kernel.name,
+        "workload": workload.to_json(),
+        "params": asdict(params),
+        "against": asdict(against),
+        "seconds": seconds,
+        "limit": limit,
+        "weights": weights,
+        "seed": seed,
+        "schedule": fingerprint.schedule(kernel),
+        "versions": versions(),
+    }
 
 
 class Server:

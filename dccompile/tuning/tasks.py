@@ -217,7 +217,9 @@ def _tasks(rows: Iterable[tuple[Kernel, Workload]], machine: Machine, model: str
 
 
 def _kernel(name: str) -> Kernel:
-    return next(k for k in registry.kernels() if k.name == name)
+    kernel = registry.named(name)
+    assert kernel is not None, name
+    return kernel
 
 
 def _deployed() -> Iterator[tuple[str, Workload]]:

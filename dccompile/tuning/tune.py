@@ -26,7 +26,6 @@ from .tasks import Task
 
 _HARM = 0.995  # of a model's speed: less is more than noise
 _STEPS = 10  # from the default, tried before a search begins
-NO_LOGS = "none"  # compile's word for defaults alone
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _model(
     folder.mkdir(exist_ok=True)
     path = folder / f"{source.name}.dcm"
     model = whole.Model(source, given, machine.name, options, path)
-    made = model.compile(folder, NO_LOGS)
+    made = model.compile(folder, lookup.NO_LOGS)
     return model, tasks.from_manifest(made.manifest, source.name)
 
 
@@ -234,11 +233,11 @@ class _Run:
                 continue
             name = model.source.name
             progress.step(f"{name} for {model.target} with {len(mine)} winners, as a whole")
-            ids = {(r.kernel, r.key): i for i, d in mine.items() for r in [record(d)]}
-            rows = [(record(d), d.task.uses[name]) for d in mine.values()]
+            made = {i: record(d) for i, d in mine.items()}
+            rows = [(made[i], d.task.uses[name]) for i, d in mine.items()]
             kept, proof = whole.settle(model, rows)
             report.models[name, model.target] = proof
-            chosen[name, model.target] = {ids[r.kernel, r.key] for r in kept}
+            chosen[name, model.target] = {i for i, r in made.items() if r in kept}
         rejected = self._rejected(local, chosen, report, progress)
         final = []
         for i, decision in ((_id(d), d) for d in report.decisions):
@@ -320,7 +319,7 @@ def record(decision: Decision, keep: bool = True) -> records.Record:
         cpu=decision.cpu,
         tvm=versions()["tvm"],
         schedule=fingerprint.schedule(task.kernel),
-        date=job.today(),
+        date=records.today(),
         weights_mib=task.weights >> 20,
         extra={},
     )

@@ -21,6 +21,7 @@ from ..bench import measure, model_bench
 from ..bench.peers import aligned
 from ..errors import TuningError
 from ..sources import Source
+from .race import bounds
 
 SECONDS = 3.0  # of a comparison, per size of the open dims
 BATCHES = (1, 64)  # of models whose batch is open
@@ -44,10 +45,6 @@ class Comparison:
     @property
     def faster(self) -> bool:
         return self.low > 1.0
-
-    @property
-    def slower(self) -> bool:
-        return self.high < 1.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class Model:
         }
         times = measure.interleave(runners, seconds)
         ratios = times["a"].ns / times["b"].ns
-        low, high = bounds(ratios)
+        low, high = bounds(np.sort(ratios))
         ratio, ms = float(np.median(ratios)), [times[n].us / 1e3 / len(turns) for n in "ab"]
         return Comparison(ratio, low, high, *ms)
 
@@ -139,15 +136,6 @@ def feeds_of(source: Source, module: Any, batch: int, number: int) -> dict[str, 
         options = [f"{spec.name}=random:{number}" for spec in module.inputs]
         found = sources.make_inputs(module.inputs, options, batch)
     return {name: aligned(array) for name, array in found.items()}
-
-
-def bounds(ratios: np.ndarray) -> tuple[float, float]:
-    """95 % bounds of the median, from the order of the samples alone."""
-    ordered = np.sort(ratios)
-    count = len(ordered)
-    reach = 0.98 * np.sqrt(count)  # 1.96 standard deviations of a binomial of 1/2
-    low, high = int(np.floor(count / 2 - reach)), int(np.ceil(count / 2 + reach))
-    return float(ordered[max(0, low)]), float(ordered[min(count - 1, high)])
 
 
 def settle(
