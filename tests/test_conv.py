@@ -91,6 +91,7 @@ GROUPED = {
 }
 DEPTHWISE = {
     "dw": conv((9, 12), 64, 64, 3, groups=64),
+    "dw_strips": conv((3, 200), 64, 64, 3, groups=64),
     "dw_tails": conv((8, 9), 144, 144, 3, groups=144),
     "dw_few": conv((8, 9), 5, 5, 3, groups=5),
     "dw_24": conv((6, 7), 24, 24, 3, groups=24),
@@ -206,7 +207,8 @@ def test_residuals(name):
 
 @KERNELS
 def test_open_batch(name):
-    works = [typed(name, replace(SHAPES[s], batch=None), {}) for s in (*MAIN, "3x3_stride", "dw")]
+    shapes = (*MAIN, "3x3_stride", "dw", "dw_strips")
+    works = [typed(name, replace(SHAPES[s], batch=None), {}) for s in shapes]
     run_all(cases(name, works), 0, 1, 2, 5)
 
 

@@ -235,7 +235,7 @@ class Builder(Cells):
                 if plan.strips == 1:
                     self._border(row, windows, 0)
                     continue
-                with T.If(tirx.EQ(self.strip, strip)):
+                with T.If(tirx.EQ(self.strip, self.const(strip))):
                     with T.Then():
                         self._border(row, windows, start)
                     with T.Else():
