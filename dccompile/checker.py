@@ -17,14 +17,15 @@ from .machine import TARGETS
 class Report:
     """What `check` found. `nodes` holds, per node: name, op, precision, kernel, reason.
 
-    `variants` holds, per target, its name and the kernels, as a manifest does, `warnings` what is
-    wrong with the tuning logs.
+    `variants` holds, per target, its name and the kernels, and `islands` the float islands, as a
+    manifest does, `warnings` what is wrong with the tuning logs.
     """
 
     problems: list[Problem] = field(default_factory=list)
     nodes: list[dict[str, Any]] = field(default_factory=list)
     variants: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    islands: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -54,6 +55,7 @@ def check(
 
         import_tvm_ffi()  # without torch, which its package would import
     from . import pipeline
+    from .frontend.islands import islands
 
     source = model.SerializeToString() if hasattr(model, "SerializeToString") else model
     lowered = []
@@ -71,4 +73,5 @@ def check(
         kernels.setdefault(placed.site.name, placed.choice.kernel.name)
     nodes = [{**n, "kernel": kernels.get(n["site"])} for n in front.recovered.nodes]
     variants = [{"target": v.machine.name, "kernels": pipeline.kernels(v)} for v in lowered]
-    return Report([], nodes, variants, [line for low in lowered for line in low.warnings])
+    warnings = [line for low in lowered for line in low.warnings]
+    return Report([], nodes, variants, warnings, islands(front.recovered).to_json())

@@ -354,4 +354,4 @@ def test_concat_and_pools_stay_in_integers():
     y = make.quant(make.op("GlobalAveragePool", y), 0.1717, 130, U8)
     found = agree(make.model(y), {"x": integers(make.rng, (1, 6, 8, 8), U8)})
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(ops(found))
-    assert ops(found).count("DccRequantize") == 4
+    assert ops(found).count("DccRequantize") == ops(found).count("DccTable") == 2

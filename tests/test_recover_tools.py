@@ -157,11 +157,13 @@ def test_quantized_neighbours_are_spelled_out(op):
         inner = ["QuantizeLinear", "DccGemm"]
     elif op == "QLinearConcat":
         y = make.op(op, *out, x, *quant, c, *quant, domain=MS, axis=1)
-        inner = ["DccRequantize", "DccRequantize", "Concat"]
+        inner = ["DccTable", "Concat"]
     else:
         more = [c, *quant] if op in ("QLinearAdd", "QLinearMul") else []
         y = make.op(op, x, *quant, *more, *out, domain=MS)
-        inner = ["DequantizeLinear", op[len("QLinear") :], "QuantizeLinear"]
+        inner = (
+            ["DequantizeLinear", op[len("QLinear") :], "QuantizeLinear"] if more else ["DccTable"]
+        )
     recovered = recover(make.model(y))
     assert ops(recovered) == inner
     (got,), (want,) = evaluate(recovered, feeds), session(make.model(y)).run(None, feeds)

@@ -35,6 +35,16 @@ def check_weights(weights: Constant) -> None:
         raise Refused("asymmetric weights do not fit signed 8 bits")
 
 
+def lifted(scale: np.ndarray) -> np.ndarray:
+    """The factors, those of dead filters brought up to where float32 has normal numbers.
+
+    Training lets weights vanish: a filter 2**-60 of the largest adds nothing to codes either way.
+    """
+    least = np.float32(2.0**-90)
+    dead = (scale > 0) & (scale < least)
+    return np.where(dead, least, scale) if dead.any() and scale.max() > 2.0**-30 else scale
+
+
 def integer_bias(constant: Constant, scale: np.ndarray) -> np.ndarray | None:
     """The bias as s32 where it is quantized with the accumulator's own scale."""
     if (

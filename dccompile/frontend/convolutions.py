@@ -28,7 +28,14 @@ from dccompile.workload import (
     ResidualWeights,
 )
 
-from .conv_operands import check_weights, divide, integer_bias, kernel_order, undoes
+from .conv_operands import (
+    check_weights,
+    divide,
+    integer_bias,
+    kernel_order,
+    lifted,
+    undoes,
+)
 from .editor import Editor, attribute, is_op, operand
 from .epilogue import Epilogue, Tail, take_activation
 from .products import check_scale
@@ -208,8 +215,9 @@ class _Recovery:
         scale = np.broadcast_to(weights.scale.reshape(-1), (filters,))
         with np.errstate(all="ignore"):
             scale = activation.scale * scale
-        check_scale(scale)
-        found = ConvWeights(kernel_order(wide.astype(np.int8)), scale, a_zero=activation.zero)
+        usable = lifted(scale)
+        check_scale(usable)
+        found = ConvWeights(kernel_order(wide.astype(np.int8)), usable, a_zero=activation.zero)
         name = activation.name
         if activation.dtype == "s8":
             name = self._unsigned(name)

@@ -42,8 +42,11 @@ class Forms:
             assert shape is not None
             fresh = editor.fresh(f"{name}_nhwc")
             editor.set_type(fresh, editor.dtype(name), turn(shape))
-            rank = len(shape)
-            self.move(name, fresh, shape, [0, *range(2, rank), 1])
+            back = self._dequantized(name)
+            if back is not None:
+                self._dequantize(back, self.as_last(back.input[0]), fresh)
+            else:
+                self.move(name, fresh, shape, [0, *range(2, len(shape)), 1])
             self.last[name] = fresh
         return self.last[name]
 
@@ -54,13 +57,29 @@ class Forms:
         shape = self.editor.shape(name)
         assert shape is not None
         rank = len(shape)
-        self.move(self.last[name], name, turn(shape), [0, rank - 1, *range(1, rank - 1)])
+        back = self._dequantized(name)
+        if back is not None:
+            self.as_first(back.input[0])
+            self._dequantize(back, back.input[0], name)
+        else:
+            self.move(self.last[name], name, turn(shape), [0, rank - 1, *range(1, rank - 1)])
         self.only_last.discard(name)
 
+    def _dequantized(self, name: str) -> NodeProto | None:
+        """The DequantizeLinear of a whole tensor that makes a value: its codes can move instead."""
+        node = self.editor.producer(name, "DequantizeLinear")
+        return node if node is not None and self.editor.is_scalar(node.input[1]) else None
+
+    def _dequantize(self, node: NodeProto, codes: str, output: str) -> None:
+        self.new.append(
+            self.editor.node("DequantizeLinear", [codes, *node.input[1:]], node, output=output)
+        )
+
     def move(self, source: str, target: str, shape: Shape, perm: list[int]) -> None:
-        """A Transpose, or a Reshape where at most one dim besides the batch is not 1."""
+        """A Transpose, or a Reshape where it moves dims of 1 only."""
         editor = self.editor
-        if sum(dim != 1 for dim in shape[1:]) <= 1:
+        order = [p for p in perm if shape[p] != 1]
+        if order == sorted(order):
             dims = [0, *(shape[p] for p in perm[1:])]
             if all(isinstance(dim, int) for dim in dims):
                 sizes = editor.add_constant(np.asarray(dims, np.int64), f"{target}_shape")

@@ -19,6 +19,9 @@ _RANGES = {
     "int16": (-32768, 32767),
 }
 
+# TVM's class of operators that fuse with elementwise ones: it takes a look-up for a gather.
+_BROADCAST = 1
+
 
 def quantized(y: Any, zero: Any, dtype: str) -> Any:
     """saturate(rint(y) + zero); NaN gives the least code, as ONNX Runtime does."""
@@ -99,6 +102,27 @@ class Requantize(Converter):
             return te.compute(q.shape, value, name="requantize")
 
         return node.compute(build, node.get(0))
+
+
+class Table(Converter):
+    """DccTable, see `code_tables`: table[q], q counted as unsigned."""
+
+    @classmethod
+    def convert(cls, node: Node) -> Any:
+        def build(q: te.Tensor, table: te.Tensor) -> te.Tensor:
+            def value(*i: Any) -> Any:
+                return table(tirx.Cast("int64", tirx.Cast("uint8", q(*i))))
+
+            return te.compute(q.shape, value, name="table")
+
+        call = node.bb.call_te(
+            build,
+            node.get(0),
+            node.get(1),
+            primfunc_name_hint="table",
+            primfunc_attrs={"op_pattern": _BROADCAST},
+        )
+        return node.do(call)
 
 
 class DynamicQuantizeLinear(Converter):

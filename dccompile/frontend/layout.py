@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import NodeProto
 
+from . import code_tables
 from .convolutions import DOMAIN, OP
 from .editor import Editor, attribute, is_op, operand
 from .forms import channel_shuffle, moved_axis, set_attribute
@@ -73,6 +74,10 @@ class _Pass(Windows):
                 self._convolution(node)
             else:
                 rule = rules.get(node.op_type) if is_op(node, node.op_type) else None
+                if any(self.rank(name) < 0 for name in (*node.input, *node.output) if name):
+                    rule = None  # of another rank, perhaps
+                if node.domain == DOMAIN and node.op_type == code_tables.OP:
+                    rule = self._unary
                 if rule is None or not rule(node):
                     self.new = []
                     for name in self._read(node):

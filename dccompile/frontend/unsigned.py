@@ -10,7 +10,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from .editor import Editor, attribute, is_op, operand
-from .sink import MOVES
+from .sink import moves
 
 
 def unsign(editor: Editor) -> None:
@@ -41,8 +41,8 @@ def _follow(editor: Editor, values: list[str], ends: list[NodeProto]) -> bool:
                 if not operand(user, 2) or editor.scalar(user.input[2]) is None:
                     return False
                 ends.append(user)
-            elif is_op(user, *MOVES) and user.input[0] == value and len(user.output) == 1:
-                values.append(user.output[0])
+            elif moves(user) and user.input[0] == value:
+                values.extend(user.output)
             else:
                 return False
     return bool(ends)

@@ -13,6 +13,7 @@ import tvm_ffi
 from tvm import ir, sym, tirx
 from tvm.tirx.script import builder as T
 
+from . import byte_table
 from .fastmath import FAST, cast, lanes
 
 _BINARY = (
@@ -165,9 +166,13 @@ def name(value: Any) -> Any:
 
 
 class Memory:
-    """Flat views of the buffers that a function's old loads and stores name."""
+    """Flat views of the buffers that a function's old loads and stores name.
 
-    def __init__(self) -> None:
+    `bits` is the width of the machine's vectors.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
         self.views: dict[Any, tuple[Any, list[Any], int]] = {}
 
     def add(self, old: Any, flat: Any, shape: list[Any], dropped: int = 0) -> None:
@@ -261,6 +266,9 @@ class Lanes:
             return self.branch(*expr.args)
         if name == "likely":
             return self(expr.args[0])
+        if (found := byte_table.operands(expr)) is not None:
+            table, _ = self.memory.at(found[1], [0])
+            return byte_table.look_up(table, self.bind(self(found[0])), self.memory.bits, self.bind)
         dtype = expr.ty.dtype
         args = [a if isinstance(a, ir.StringImm) else self(a) for a in expr.args]
         if name in FAST and dtype == "float32":

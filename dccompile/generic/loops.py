@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 
 from ..machine import Machine
 from .lanes import Lanes, Memory, loads, local, static, stride, uses, walk
-from .stages import Iter, Nest, bare_use, heavy, renamed
+from .stages import Iter, Nest, bare_use, heavy, renamed, slow
 
 SYMBOLIC = 32  # iterations assumed of a loop whose extent is known only at run time
 LAUNCH_NS = 50_000.0  # work below this does not pay for waking other threads
@@ -29,7 +29,7 @@ def count(iters: list[Iter]) -> int:
 def cost(nest: Nest) -> float:
     """Rough single-thread nanoseconds."""
     total = count([*nest.space, *nest.over])
-    if any(heavy(v) for v in nest.values()):
+    if any(slow(v) for v in nest.values()):
         return total * 0.5
     if nest.over and len(loads(nest.updates[0])) > 2:
         return total * 0.03
@@ -105,7 +105,9 @@ class Loops:
         """Lanes that fill four registers of the widest type, two where temporaries abound."""
         sizes = [n.ty.dtype.itemsize for v in nest.values() for n in walk(v) if _is_value(n)]
         sizes += [o.buffer.ty.dtype.dtype.itemsize for o in nest.outs]
-        registers = 2 if any(heavy(v) for v in nest.values()) else 4
+        registers = 2 if any(slow(v) for v in nest.values()) else 4
+        if max(sizes) == 1 and any(heavy(v) for v in nest.values()):
+            registers = 1  # a look-up is long
         return max(4, registers * self.machine.bits // 8 // max(sizes))
 
     def store(self, nest: Nest, at: Lanes) -> None:

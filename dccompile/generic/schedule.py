@@ -46,7 +46,7 @@ def write(func: tirx.PrimFunc, machine: Machine, name: str) -> tuple[tirx.PrimFu
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({**attrs, "tirx.noalias": True})
-        memory = Memory()
+        memory = Memory(machine.bits)
         args = [_argument(p) for p in func.params]
         for p, buffer in zip(func.params, args, strict=True):
             if buffer is not None:
@@ -91,7 +91,7 @@ def _body(
             known = static(size)
             nbytes = None if known is None else known * buffer.ty.dtype.dtype.itemsize
             if big == (nbytes is None or nbytes > STACK):
-                flat = T.alloc_buffer((size,), dtype) if big else local(int(size.value), dtype)
+                flat = T.alloc_buffer((size,), dtype) if big else local(max(1, known or 0), dtype)
                 memory.add(buffer, flat, list(inner[buffer]), depth)
 
     if not together:

@@ -6,11 +6,13 @@ and fused Relax operators all have this form; library calls, sorting and scatter
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm import ir, s_tir, sym, tirx
 
+from . import byte_table
 from .fastmath import FAST
 from .lanes import loads, operation, rebuild, same, static, substitute, uses, walk
 
@@ -81,14 +83,20 @@ class Nest:
         ]
 
 
-def heavy(expr: Any) -> bool:
-    """Whether recomputing the expression costs much more than loading its value."""
+def slow(expr: Any) -> bool:
+    """Whether the expression takes long to compute: a division or an elementary function."""
     for node in walk(expr):
         if operation(node) in FAST or operation(node) == "pow":
             return True
         if type(node).__name__ in ("Div", "Mod", "FloorDiv", "FloorMod"):
             return True
     return False
+
+
+def heavy(expr: Any) -> bool:
+    """Whether recomputing the expression costs much more than loading its value."""
+    looked_up = any(type(n).__name__ == "Call" and byte_table.operands(n) for n in walk(expr))
+    return looked_up or slow(expr)
 
 
 def read(func: tirx.PrimFunc) -> tuple[list[Nest], dict[Any, list[Any]]]:
@@ -102,7 +110,20 @@ def read(func: tirx.PrimFunc) -> tuple[list[Nest], dict[Any, list[Any]]]:
     body = root.block.body
     parts = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
     shapes = {b: list(b.ty.shape) for b in root.block.alloc_buffers}
-    return [_nest(p) for p in parts], shapes
+    nests = [_looking_up(_nest(p), list(func.params)) for p in parts]
+    return nests, shapes
+
+
+def _looking_up(nest: Nest, params: list[Any]) -> Nest:
+    """The nest with the look-ups in those of its parameters that are tables of bytes as calls."""
+
+    def change(node: Any) -> Any:
+        if type(node).__name__ != "TensorLoad" or not any(node.source.same_as(p) for p in params):
+            return None
+        call = byte_table.entry(node)
+        return None if call is None else rebuild(call, change)
+
+    return _mapped(nest, lambda expr: rebuild(expr, change))
 
 
 def _nest(stmt: Any) -> Nest:
@@ -285,12 +306,11 @@ def _same_index(a: Any, b: Any, extent: Any) -> bool:
 
 def renamed(nest: Nest, names: dict[Any, Any]) -> Nest:
     """The nest with variables replaced."""
-    if not names:
-        return nest
+    return _mapped(nest, lambda expr: substitute(expr, names)) if names else nest
 
-    def put(expr: Any) -> Any:
-        return substitute(expr, names)
 
+def _mapped(nest: Nest, put: Callable[[Any], Any]) -> Nest:
+    """The nest with `put` of each of its expressions."""
     outs = [Out(o.buffer, [put(i) for i in o.indices], put(o.value)) for o in nest.outs]
     return replace(
         nest, outs=outs, inits=[*map(put, nest.inits)], updates=[*map(put, nest.updates)]
