@@ -34,6 +34,9 @@ def gemm(
     """
     if workload.a == "f32":
         sums = a.astype(np.float64) @ weights.b.astype(np.float32).astype(np.float64)
+        if workload.b == "s8":
+            assert weights.scale is not None
+            sums = sums * weights.scale.astype(np.float64)
         if weights.bias is not None:
             sums = sums + weights.bias.astype(np.float64)
         return activate(workload, sums.astype(np.float32))

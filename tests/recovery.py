@@ -83,6 +83,7 @@ def session(model, optimize=True):
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.x64quantprecision", precise)
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         options.log_severity_level = 4
         with contextlib.suppress(ort.capi.onnxruntime_pybind11_state.NotImplemented):
             data = model.SerializeToString()
@@ -170,8 +171,14 @@ def evaluate(recovered: Recovered, feeds):
             info = np.iinfo(NUMPY[to])
             return (np.clip(codes + output_zero, info.min, info.max).astype(NUMPY[to]),)
 
+    class DccTable(OpRun):
+        op_domain = "dccompile"
+
+        def _run(self, q, table):
+            return (table[q.view(np.uint8)],)
+
     onnx.checker.check_model(recovered.model)
-    own = [DccGemm, DccConv, DccPool, DccRequantize]
+    own = [DccGemm, DccConv, DccPool, DccRequantize, DccTable]
     return ReferenceEvaluator(recovered.model, new_ops=own).run(None, feeds)
 
 

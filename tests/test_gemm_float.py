@@ -32,13 +32,15 @@ class Case:
         self.params = kernel.default(work, target) if params is None else params
         self.seed = zlib.crc32(repr((work, self.params)).encode())
         rng = np.random.default_rng(self.seed)
-        b = (rng.normal(0, 1, (work.k, work.n)) * 2.0 ** rng.integers(-9, 2, work.n)).astype(
-            NUMPY[work.b]
-        )
+        column = 2.0 ** rng.integers(-9, 2, work.n)
+        b, scale = rng.normal(0, 1, (work.k, work.n)) * column, None
+        if work.b == "s8":
+            b, scale = rng.integers(-128, 128, b.shape), (column / 100).astype(np.float32)
+        b = b.astype(NUMPY[work.b])
         if work.b == "f16":
             b[rng.random(b.shape) < 0.05] = 2.0**-24  # subnormal
         bias = None if work.bias == "none" else rng.normal(0, 1, work.n).astype(np.float32)
-        self.weights = GemmWeights(b, bias=bias)
+        self.weights = GemmWeights(b, scale, bias)
         self.symbol = f"f{self.seed:x}"
         self.function = kernel.build(work, self.params, target).with_attr(
             "global_symbol", self.symbol
@@ -48,6 +50,11 @@ class Case:
     @cached_property
     def packed(self):
         return tensor(self.kernel.pack(self.work, self.weights, self.params))
+
+    def wide(self):
+        """The weights as numbers."""
+        b = self.weights.b.astype(np.float64)
+        return b if self.weights.scale is None else b * self.weights.scale
 
     def a(self, m):
         return np.random.default_rng(self.seed + m).normal(0, 1, (m, self.work.k)).astype("f4")
@@ -69,8 +76,7 @@ class Case:
 
         No activation steepens it; sigmoid and tanh add their own relative error.
         """
-        b = np.abs(self.weights.b.astype(np.float64))
-        bound = np.abs(a.astype(np.float64)) @ b
+        bound = np.abs(a.astype(np.float64)) @ np.abs(self.wide())
         if self.weights.bias is not None:
             bound = bound + np.abs(self.weights.bias)
         expected = reference.gemm(self.work, self.weights, a).astype(np.float64)
@@ -196,6 +202,8 @@ def test_special_values(name):
     library = _compile(cases, target)
     for case in cases:
         case.weights.b[...] = np.arange(3 * 21).reshape(3, 21) % 5 - 2
+        if case.weights.scale is not None:
+            case.weights.scale[...] = 1
         if case.weights.bias is not None:
             case.weights.bias[...] = 0
         a = np.ones((len(specials), 3), np.float32)
@@ -208,7 +216,7 @@ def test_special_values(name):
         assert np.isnan(out[0]).all()
 
 
-@KERNELS
+@pytest.mark.parametrize("name", marked([n for n in NAMES if "f32s8" not in n]))
 def test_special_weights(name):
     """Infinite and NaN weights reach their own column only, not those padded or beside it."""
     kernel, target = load(name)
@@ -230,7 +238,7 @@ def test_like_onnxruntime(name):
     kernel, target = load(name)
     for epilogue in (EPILOGUES[2], EPILOGUES[4]):
         case = Case(kernel, target, Gemm(8, 20, 6, "f32", kernel.weights, "f32", **epilogue))
-        b, bias = case.weights.b.astype(np.float32), case.weights.bias
+        b, bias = case.wide().astype(np.float32), case.weights.bias
         bounds = [np.array(x, np.float32) for x in case.work.clip or ()]
         constants = {"b": b, "bias": bias, **dict(zip(("low", "high"), bounds, strict=False))}
         nodes = [
@@ -289,5 +297,6 @@ def test_refuses(name):
     work = Gemm(4, 16, 16, "f32", kernel.weights, "f32")
     assert kernel.refuses(work) is None
     assert kernel.refuses(replace(work, m=None, bias="f32", activation="tanh")) is None
-    assert kernel.refuses(replace(work, b={"f32": "f16", "f16": "f32"}[kernel.weights])) is not None
+    for other in {"f32", "f16", "s8"} - {kernel.weights}:
+        assert kernel.refuses(replace(work, b=other)) is not None
     assert kernel.refuses(replace(work, a="u8", b="s8", out="u8")) is not None

@@ -150,7 +150,6 @@ def test_weights_that_are_not_constant_are_left_alone():
         ("row scales", "weights are scaled per row"),
         ("int16 weights", "weights are int16"),
         ("float weights", "weights are not quantized"),
-        ("float activations", "activations are not quantized"),
         ("large sums", "sums over k="),
     ],
 )
@@ -159,14 +158,14 @@ def test_other_quantization_runs_in_float_with_a_reason(kind, reason):
     k = 70000 if kind == "large sums" else K
     n = 4 if kind == "large sums" else N
     a_dtype = TensorProto.INT16 if kind == "int16" else U8
-    x = make.input(6, k, dtype=F32 if kind == "float activations" else a_dtype)
+    x = make.input(6, k, dtype=a_dtype)
     rng, a, w = make.rng, x, ""
     if kind == "per row":
         a = make.dequant(x, rng.uniform(0.01, 0.02, 6), np.full(6, 3), np.uint8, axis=0)
     elif kind == "blocked activations":
         scale = rng.uniform(0.01, 0.02, (6, 3))
         a = make.dequant(x, scale, np.full((6, 3), 4), np.uint8, axis=1, block_size=16)
-    elif kind != "float activations":
+    else:
         a = make.dequant(x, 0.02, 3, np.int16 if kind == "int16" else np.uint8)
     b = make.const(
         np.full((k, n), 127) if kind == "large sums" else rng.integers(-99, 99, (k, n)),
@@ -184,7 +183,6 @@ def test_other_quantization_runs_in_float_with_a_reason(kind, reason):
     model = make.model(make.op("MatMul", a, w))
     x = {
         "int16": rng.integers(-999, 999, (6, k)).astype(np.int16),
-        "float activations": rng.normal(size=(6, k)).astype(np.float32),
     }.get(kind, integers(rng, (6, k), U8))
     recovered = recover(model)
     # ONNX Runtime's optimizer fails on some of these or quantizes what is float.

@@ -1,8 +1,10 @@
 """The peers' fastest single-operator routes for one Gemm workload, from the same weights.
 
 Quantized: QLinearMatMul in ONNX Runtime, a quantize-dequantize model in OpenVINO, torch's
-quantized linear on its fbgemm and onednn engines. Float: MatMul, and torch's FBGEMM linear for
-fp16 weights. None of them fuses fewer operations than the workload asks for.
+quantized linear on its fbgemm and onednn engines. Float: MatMul, with fp16 weights torch's FBGEMM
+linear, with 8-bit weights OpenVINO's behind a DequantizeLinear and torch's product with packed
+ones; ONNX Runtime gets these in float, of codes it makes a product 5 to 600 times as slow, or one
+of quantized activations. None of them fuses fewer operations than the workload asks for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ Maker = Callable[[Gemm, GemmWeights, np.ndarray, int], Prepared]
 def names(workload: Gemm) -> list[str]:
     """Peers that have a route for the workload, whether installed or not."""
     if workload.a == "f32":
-        extra = ["torch-fp16"] if workload.b == "f16" else []
+        extra = {"f16": ["torch-fp16"], "s8": ["torch-int8"]}.get(workload.b, [])
         return ["onnxruntime", "openvino", "torch", *extra]
     return ["onnxruntime", "openvino", "torch-fbgemm", "torch-onednn"]
 
@@ -44,6 +46,7 @@ def prepare(
         "openvino": _openvino,
         "torch": _torch_float,
         "torch-fp16": _torch_fp16,
+        "torch-int8": _torch_int8,
         "torch-fbgemm": _torch_quantized("fbgemm"),
         "torch-onednn": _torch_quantized("onednn"),
     }
@@ -78,17 +81,33 @@ def _constants(workload: Gemm, weights: GemmWeights) -> dict[str, np.ndarray]:
     }
 
 
-def _float_model(workload: Gemm, weights: GemmWeights, m: int) -> bytes:
+def _wide(weights: GemmWeights) -> np.ndarray:
+    """The weights as float32."""
+    wide = weights.b.astype(np.float32)
+    return wide if weights.scale is None else wide * weights.scale
+
+
+def _float_model(workload: Gemm, weights: GemmWeights, m: int, codes: bool = False) -> bytes:
+    """`codes`: with 8-bit weights as they are."""
     from onnx import TensorProto, helper
 
-    if workload.b == "f32":
+    tensors = {"b": weights.b}
+    if workload.b == "s8" and codes:
+        assert weights.scale is not None
+        tensors["b_scale"] = weights.scale
+        nodes = [
+            helper.make_node("DequantizeLinear", ["b", "b_scale"], ["wide"], axis=1),
+            helper.make_node("MatMul", ["a", "wide"], ["y"]),
+        ]
+    elif workload.b in ("f32", "s8"):
+        tensors = {"b": _wide(weights)}
         nodes = [helper.make_node("MatMul", ["a", "b"], ["y"])]
     else:
         nodes = [
             helper.make_node("Cast", ["b"], ["wide"], to=TensorProto.FLOAT),
             helper.make_node("MatMul", ["a", "wide"], ["y"]),
         ]
-    return _model(nodes, {"b": weights.b}, workload, m)
+    return _model(nodes, tensors, workload, m)
 
 
 def _onnxruntime(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int) -> Prepared:
@@ -107,7 +126,7 @@ def _openvino(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int)
     from onnx import helper
 
     if workload.a == "f32":
-        model = _float_model(workload, weights, len(a))
+        model = _float_model(workload, weights, len(a), codes=True)
     else:
         nodes = [
             helper.make_node("DequantizeLinear", ["a", "a_scale", "a_zero"], ["fa"]),
@@ -144,7 +163,7 @@ def _torch_quantized(engine: str) -> Maker:
 def _torch_float(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int) -> Prepared:
     import torch
 
-    b = torch.from_numpy(np.ascontiguousarray(weights.b.T.astype(np.float32)))
+    b = torch.from_numpy(np.ascontiguousarray(_wide(weights).T))
     x, linear = torch.from_numpy(aligned(a)), torch.nn.functional.linear
     return torch_run(lambda: linear(x, b), lambda y: y, threads)
 
@@ -157,3 +176,12 @@ def _torch_fp16(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: in
     packed = torch.ops.quantized.linear_prepack_fp16(b, None)
     x, linear = torch.from_numpy(aligned(a)), torch.ops.quantized.linear_dynamic_fp16
     return torch_run(lambda: linear(x, packed), lambda y: y, threads)
+
+
+def _torch_int8(workload: Gemm, weights: GemmWeights, a: np.ndarray, threads: int) -> Prepared:
+    import torch
+
+    assert weights.scale is not None
+    b = torch.from_numpy(np.ascontiguousarray(weights.b.T))
+    x, scale = torch.from_numpy(aligned(a)), torch.from_numpy(weights.scale)
+    return torch_run(lambda: torch._weight_int8pack_mm(x, b, scale), lambda y: y, threads)

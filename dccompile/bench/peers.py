@@ -142,6 +142,7 @@ class OpenVino(Peer):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else it quantizes activations too
         }
         compiled = core.compile_model(read, "CPU", config)
         request = compiled.create_infer_request()
