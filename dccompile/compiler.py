@@ -21,8 +21,9 @@ from .runtime import artifact
 if TYPE_CHECKING:
     from .runtime.loader import Module
 
-PRECISIONS = ("keep", "fp16-weights")
+PRECISIONS = ("keep", "fp16-weights", "int8-weights")
 EMBEDDINGS = ("keep", "fp16", "int8", "int4")
+ACCUMULATIONS = ("exact", "calibrated")
 DEFAULT_TARGETS = ("host", "x86-64-v3")
 
 
@@ -65,6 +66,7 @@ def compile(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     precision: str = "keep",
     embedding: str = "keep",
+    accumulation: str = "exact",
     tuning: str | os.PathLike[str] | None = None,
     require_tuned: bool = False,
     name: str | None = None,
@@ -75,8 +77,11 @@ def compile(
 
     `targets` lists variants, the best one that a machine can run is used there. `shapes` fixes
     dims or gives them a range: ``{"x": ("1..64", 13)}``. `precision` 'fp16-weights' stores the
-    weights of float matrix multiplications in fp16 and computes in f32. `embedding` is how the rows
-    of embedding tables are stored: fp16, or int8 or int4 codes with a scale and bias for every row.
+    weights of float matrix multiplications in fp16 and computes in f32, 'int8-weights' stores
+    them in 8 bits with a scale for every column. `embedding` is how the rows of embedding tables
+    are stored: fp16, or int8 or int4 codes with a scale and bias for every row.
+    `accumulation` 'calibrated' allows 16-bit sums that calibration found not to overflow, but that
+    other inputs could make overflow, on machines without VNNI; 'exact' results are for any input.
     `tuning` is a folder of tuning logs: the packaged ones by default, 'none' for none. With
     `require_tuned` every hand-written kernel must have a record in them.
 
@@ -92,6 +97,12 @@ def compile(
     if embedding not in EMBEDDINGS:
         raise UsageError(
             f"embedding '{embedding}': allowed are {', '.join(EMBEDDINGS)}. Fix: name one of these",
+            "DC2010",
+        )
+    if accumulation not in ACCUMULATIONS:
+        raise UsageError(
+            f"accumulation '{accumulation}': allowed are {', '.join(ACCUMULATIONS)}. "
+            "Fix: name one of these",
             "DC2010",
         )
     if importlib.util.find_spec("tvm") is None:
@@ -111,6 +122,7 @@ def compile(
         "shapes": {k: list(v) for k, v in shapes.items()} if shapes else None,
         "precision": precision,
         "embedding": embedding,
+        "accumulation": accumulation,
         "cache": str(cached) if (cached := cache.folder()) else None,
     }
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="dccompile-")

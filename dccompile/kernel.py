@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -80,6 +81,19 @@ class Kernel(ABC, Generic[WorkloadT, WeightsT]):
         m, batch, bags and the number of terms are symbolic int64 where the workload leaves them
         open.
         """
+
+    def narrowed(self, workload: WorkloadT) -> WorkloadT:
+        """The workload without the facts about weights that this kernel makes no use of.
+
+        What it is compiled and tuned for: layers that differ in such facts alone share both.
+        """
+        if isinstance(workload, Gemm) and (workload.outliers or workload.spill):
+            return replace(workload, outliers=(), spill=0)
+        return workload
+
+    def remark(self, workload: WorkloadT, params: Any) -> str:
+        """What people should know about the kernel's choice for a workload, or ""."""
+        return ""
 
     def effect(self, workload: WorkloadT, params: Any) -> Hashable:
         """What the code for a workload depends on: points of equal effect are the same code."""

@@ -19,7 +19,7 @@ from tvm import tirx
 from . import aot, codegen, linker
 from .cache import Cache
 from .errors import TuningError, UnsupportedError
-from .frontend import convert, gate, operators, recover
+from .frontend import accumulation, convert, gate, operators, recover
 from .generic import legalize
 from .lookup import Tuning
 from .machine import Machine
@@ -82,11 +82,19 @@ class Constants:
 
 
 def front(
-    model: str | bytes, shapes: dict[str, Any] | None, precision: str, embedding: str = "keep"
+    model: str | bytes,
+    shapes: dict[str, Any] | None,
+    precision: str,
+    embedding: str = "keep",
+    calibrated: bool = False,
 ) -> Front:
-    """Reads, validates, recovers. Raises ModelError or UnsupportedError listing every problem."""
+    """Reads, validates, recovers. Raises ModelError or UnsupportedError listing every problem.
+
+    `calibrated`: sums that the model's metadata say stay in 16 bits are not proven to.
+    """
     graph = gate.read(model, shapes)
-    recovered = recover.recover(graph.model, graph.constants, precision, embedding)
+    facts = accumulation.read_facts(graph.model) if calibrated else None
+    recovered = recover.recover(graph.model, graph.constants, precision, embedding, facts)
     problems = [*gate.unknown_operators(graph.model), *operators.hazards(recovered.model)]
     if problems:
         raise UnsupportedError(problems)
@@ -120,7 +128,7 @@ def kernels(low: Lowered) -> list[dict[str, Any]]:
         {
             "symbol": p.symbol,
             **p.choice.to_json(),
-            "workload": p.site.workload.to_json(),
+            "workload": p.choice.workload.to_json(),
             "node": p.site.name,
         }
         for p in low.placed

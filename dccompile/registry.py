@@ -77,11 +77,17 @@ def choose(
     kernel: Kernel, workload: Workload, machine: Machine, tuning: Tuning | None = None
 ) -> Choice:
     """This kernel with the parameters of the record that speaks for the workload, if one does."""
+    workload = kernel.narrowed(workload)
     found = tuning.find(kernel, workload, machine) if tuning else None
     if found:
         record = found.record
-        said = (found.source, found.why, record.id, record.gain)
-        return Choice(workload, kernel, found.params, *said)
+        why = _why(kernel, workload, found.params, found.why)
+        return Choice(workload, kernel, found.params, found.source, why, record.id, record.gain)
     params = kernel.default(workload, machine)
     why = "no tuning record: the default of its analytical model"
-    return Choice(workload, kernel, params, "default", why)
+    return Choice(workload, kernel, params, "default", _why(kernel, workload, params, why))
+
+
+def _why(kernel: Kernel, workload: Workload, params: Any, why: str) -> str:
+    remark = kernel.remark(workload, params)
+    return f"{why}; {remark}" if remark else why

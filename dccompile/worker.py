@@ -74,7 +74,8 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     say("read")
     model = job.get("path") or (folder / "model.onnx").read_bytes()
-    front = pipeline.front(model, job["shapes"], job["precision"], job["embedding"])
+    calibrated = job["accumulation"] == "calibrated"
+    front = pipeline.front(model, job["shapes"], job["precision"], job["embedding"], calibrated)
     constants = pipeline.Constants()
     lowered = []
     logs = job["logs"]["folder"]
@@ -117,6 +118,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
     import tvm_ffi
 
     from . import pipeline
+    from .frontend.islands import islands
     from .frontend.tables import report
 
     graph = front.graph
@@ -139,6 +141,10 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
     chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
     tables = [row for site in front.recovered.bags.values() for row in report(site)]
     nodes = [{**n, "kernel": chosen.get(n["site"])} for n in front.recovered.nodes]
+    for node in nodes:  # of weights that were quantized here
+        site = front.recovered.gemms.get(node["name"])
+        if site is not None and site.error is not None:
+            node["weight_error"] = site.error
     return {
         "format": 1,
         "producer": f"dccompile {__version__}",
@@ -151,6 +157,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
         "symbols": _symbols(graph, lowered[0].program),
         "variants": variants,
         "nodes": nodes,
+        "islands": islands(front.recovered).to_json(),
         "tables": tables,
         "tuning": {
             "logs": job["logs"]["name"],

@@ -42,8 +42,10 @@ class Gemm:
     With `runtime` quantization of A, a_zero (dtype of A) and, unless out is s32, a_scale (f32)
     are tensors of shape (1,); scale[n] is then fl(a_scale * b_scale[n]).
 
-    Floats (`a` is f32, `b` is f32 or f16, out f32): y = sum_k A * f32(B), f32 accumulation in any
-    order, + bias[n]; C = activation(y).
+    Floats (`a` is f32, `b` is f32, f16 or s8, out f32): acc = sum_k A * f32(B), f32 accumulation
+    in any order; y = acc + bias[n]; C = activation(y). With `b` s8 the weights are codes:
+    y = acc * scale[n], or fma(acc, scale[n], bias[n]), either rounded once. Sums are of products
+    with codes: they overflow where these do, 1 / scale[n] before products with the weights.
     """
 
     m: int | None  # rows of A; None: known when called
@@ -61,6 +63,8 @@ class Gemm:
     activation: str = "none"  # of an f32 output: none | relu | sigmoid | tanh | clip
     clip: tuple[float, float] | None = None  # bounds of activation 'clip'
     bounded: bool = False  # |y| < 2**31 is proven for every input
+    outliers: tuple[int, ...] = ()  # of B, see `outliers.counts`; (): not counted
+    spill: int = 0  # k-steps whose sums stay in 16 bits by calibration; 0: not known
 
     op = "gemm"
 
@@ -100,9 +104,9 @@ class Gemm:
 class GemmWeights:
     """The constant operands of a Gemm.
 
-    b (k, n) s8, f32 or f16 · scale (n,) f32: the factor of the accumulator, with `runtime` the
-    scale of B alone · bias (n,) s32 or f32 · a_zero: A's zero point unless `runtime` ·
-    b_zero (n,) s32.
+    b (k, n) s8, f32 or f16 · scale (n,) f32: of s8 weights the factor of the accumulator, with
+    `runtime` the scale of B alone · bias (n,) s32 or f32 · a_zero: A's zero point unless
+    `runtime` · b_zero (n,) s32.
     """
 
     b: np.ndarray

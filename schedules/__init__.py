@@ -12,14 +12,18 @@ if TYPE_CHECKING:
 # In order of preference among those that a machine can run and that do not refuse a workload.
 KERNELS: tuple[str, ...] = (
     "x86.gemm_u8s8s32_vnni",
+    "x86.gemm_u8s8s32split_avx512",
     "x86.gemm_u8s7s32_avx512",
     "x86.gemm_u8s8s32_avx512",
+    "x86.gemm_u8s8s32split_avx2",
     "x86.gemm_u8s7s32_avx2",
     "x86.gemm_u8s8s32_avx2",
     "x86.gemm_f32f32f32_avx512",
     "x86.gemm_f32f32f32_avx2",
     "x86.gemm_f32f16f32_avx512",
     "x86.gemm_f32f16f32_avx2",
+    "x86.gemm_f32s8f32_avx512",
+    "x86.gemm_f32s8f32_avx2",
     "x86.embedding_bag_f32f32_avx512",
     "x86.embedding_bag_f32f32_avx2",
     "x86.embedding_bag_f16f32_avx512",

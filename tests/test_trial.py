@@ -45,6 +45,7 @@ WORKLOADS = {
     "gemm_runtime": Gemm(6, 24, 70, "u8", "s8", "f32", runtime=True, b_zero=True),
     "gemm_s32": Gemm(6, 24, 70, "s8", "s8", "s32", runtime=True, bias="s32"),
     "gemm_f16": Gemm(6, 24, 70, "f32", "f16", "f32", bias="f32", activation="relu"),
+    "gemm_codes": Gemm(6, 24, 70, "f32", "s8", "f32", bias="f32", activation="relu"),
     "conv": conv(bias="s32", shifted=True, clamped=True, padded=True),
     "conv_open": replace(conv(out="s8", bias="f32"), batch=None),
     "conv_f32": conv(a="f32", b="f32", out="f32", bias="f32", activation="clip", clip=(0.0, 6.0)),

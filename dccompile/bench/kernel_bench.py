@@ -28,7 +28,7 @@ from .conv_cases import Convs
 from .gemm_cases import Gemms
 from .kernel_means import summary
 from .peers import PeerError, compare
-from .suite import Case, Form, Suite, parameters
+from .suite import RIVAL, Case, Form, Suite, parameters
 
 OURS, CALL, PEAK = "kernel", "call", "peak"
 SUITES: tuple[Suite, ...] = (Gemms(), Convs())
@@ -72,7 +72,7 @@ def _of_kernel(suite: Suite, kernel: Kernel, target: Machine | None) -> Iterator
             f"--kernels: {kernel.name} needs {machine.name}, this host lacks {', '.join(missing)}. "
             "Fix: name kernels that this host runs"
         )
-    for form in suite.forms:
+    for form in suite.forms_of(kernel):
         shortcut = form.b_bits == 7  # of interest only to the kernels that exist for it
         if shortcut and "s7" not in kernel.name:
             continue
@@ -219,6 +219,14 @@ def _timed(
         PEAK: _peak(work, machine, threads).loop,
     }
     found: dict[str, dict[str, Any]] = {}
+    rival = suite.rival(work, kernel, machine)
+    if rival is not None:
+        plain = rival.narrowed(work)
+        chosen = rival.default(plain, machine)
+        other, own, told = _compiled(rival, plain, weights, a, chosen, machine, expected.shape)
+        other[suite.op](*own)
+        found[RIVAL] = {"difference": compare([told()], [expected]), "kernel": rival.name}
+        runners[RIVAL] = measure.kernel_loop(other, suite.op, own)
     prepared = {}  # owns the memory that the peers borrow
     for name in suite.peers(work):
         if against is not None and name.partition("-")[0] not in against:
@@ -242,8 +250,11 @@ def _timed(
 
 def _compare(name: str, entry: dict[str, Any], times: dict[str, measure.Samples]) -> None:
     """Adds to a peer's entry whether it agrees, its time, by which route, and its ratio to ours."""
-    one, count = times[name], entry.pop("layers")
+    one, count = times[name], entry.pop("layers", 1)
     entry["agrees"] = agrees(entry["difference"])
+    if name == RIVAL:  # a loop outside Python, as ours
+        entry.update(one.to_json(), route="kernel", ratio=round(measure.ratio(one, times[OURS]), 4))
+        return
     if count > 1:
         chain = times[f"{name} x {count}"]
         alone = measure.Samples((chain.ns - one.ns) / (count - 1), chain.inner)

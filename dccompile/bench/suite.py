@@ -20,19 +20,25 @@ from ..machine import Machine, cpu_type
 from .peers import Prepared
 
 Shape = tuple[int, ...]
+RIVAL = "widening"  # the peer that is a kernel of ours: exact sums in 32 bits
 
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of workload: the types of A, B and C, and the bits that B uses."""
+    """A kind of workload: the types of A, B and C, the bits that B uses, and how it is made.
+
+    `weights`: uniform codes, or as training leaves them, see `gemm_cases`.
+    """
 
     a: str
     b: str
     out: str
     b_bits: int = 8
+    weights: str = "uniform"
 
     def __str__(self) -> str:
-        return f"{self.a}{'s7' if self.b_bits == 7 else self.b}->{self.out}"
+        made = f" {self.weights}" if self.weights != "uniform" else ""
+        return f"{self.a}{'s7' if self.b_bits == 7 else self.b}->{self.out}{made}"
 
 
 class Suite(ABC):
@@ -61,6 +67,14 @@ class Suite(ABC):
     @abstractmethod
     def reference(self, work: Any, weights: Any, a: np.ndarray) -> np.ndarray:
         """C, exactly; of float workloads nearly."""
+
+    def forms_of(self, kernel: Kernel) -> tuple[Form, ...]:
+        """The forms of workload that a kernel is benched on, where it takes them."""
+        return self.forms
+
+    def rival(self, work: Any, kernel: Kernel, machine: Machine) -> Kernel | None:
+        """A kernel of ours to compare this one with, as the peer RIVAL."""
+        return None
 
     @abstractmethod
     def peers(self, work: Any) -> list[str]:

@@ -28,7 +28,7 @@ from ..workload import Workload
 from .bags import BagSite
 from .convolutions import ConvSite
 from .importer import Importer
-from .integer import Requantize
+from .integer import Requantize, Table
 from .interaction import InteractionSite
 from .pooling import Pool
 from .recover import GemmSite, Recovered
@@ -86,6 +86,7 @@ def to_relax(
             "DccConv": _conv_converter(recovered.convs, select, placed),
             "DccPool": Pool,
             "DccRequantize": Requantize,
+            "DccTable": Table,
             "DccInteraction": _interaction_converter(recovered.interactions, select, placed),
         },
         symbols,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from dccompile.columns import quantize_columns
 from dccompile.workload import NUMPY, GemmWeights, accumulator_bound
 
 from .editor import Editor, attribute, operand
@@ -30,7 +31,8 @@ class Product:
     a_dtype: u8, s8 or f32; b: s8, f16 or f32. Of integers, scale (n,) f32 is the accumulator's
     factor, None where the s32 sums themselves are wanted; `runtime` names a_zero and a_scale,
     tensors of one element, where one of them is computed when called. sums_bias (n,) s32 is added
-    to the sums; of floats, alpha is a factor that is yet to be applied. reason: why floats.
+    to the sums; of floats, alpha is a factor that is yet to be applied, scale is that of s8
+    weights and error their relative one, where the compiler chose them. reason: why floats.
     """
 
     a: str
@@ -45,6 +47,11 @@ class Product:
     alpha: np.float32 = field(default_factory=lambda: np.float32(1))
     before: list[NodeProto] = field(default_factory=list)  # new nodes that make A
     reason: str = ""
+    error: float | None = None
+
+    @property
+    def integer(self) -> bool:
+        return self.a_dtype != "f32"
 
     def weights(self, bias: np.ndarray | None = None) -> GemmWeights:
         bias = self.sums_bias if bias is None else bias
@@ -70,9 +77,12 @@ def matrix_weights(editor: Editor, node: NodeProto, rank: int) -> Constant:
 
 
 def product(
-    editor: Editor, node: NodeProto, weights: Constant, alpha: np.float32, half: bool
+    editor: Editor, node: NodeProto, weights: Constant, alpha: np.float32, precision: str
 ) -> Product:
-    """Of a MatMul or Gemm: integers if both operands are quantized so, else floats."""
+    """Of a MatMul or Gemm: integers if both operands are quantized so, else floats.
+
+    Weights alone that are quantized stay so; float32 ones are stored as `precision` says.
+    """
     name, reason = node.input[0], ""
     try:
         activation = activation_operand(editor, name)
@@ -81,6 +91,9 @@ def product(
             return _quantized(editor, activation, weights, alpha)
         if weights.scale is not None:
             reason = "activations are not quantized"
+            if editor.dtype(name) == TensorProto.FLOAT:
+                check_weights(weights)
+                return _weight_only(name, weights, alpha)
     except Refused as refused:
         reason = str(refused)
     kind = editor.dtype(name)
@@ -89,12 +102,17 @@ def product(
     b = weights.dequantize()
     if b.dtype not in (np.float32, np.float16):
         raise Refused(f"weights are {b.dtype}")
+    if precision == "int8-weights" and weights.values.dtype == np.float32:
+        try:
+            return replace(_in_codes(name, weights, alpha), reason=reason)
+        except Refused as refused:
+            reason = reason or str(refused)
     if alpha != 1:
         with np.errstate(all="ignore"):
             scaled = b.astype(np.float32) * alpha
         exact = abs(np.frexp(alpha)[0]) == 0.5 and np.array_equal(scaled / alpha, b)
         b, alpha = (scaled, np.float32(1)) if exact else (b, alpha)
-    if half and b.dtype == np.float32:
+    if precision == "fp16-weights" and b.dtype == np.float32:
         with np.errstate(over="ignore"):
             rounded = b.astype(np.float16)
         if np.isfinite(rounded).all():
@@ -102,6 +120,28 @@ def product(
         else:
             reason = reason or "a weight is outside the float16 range of 65504"
     return Product(name, "f32", b, list(weights.nodes), alpha=alpha, reason=reason)
+
+
+def _weight_only(name: str, weights: Constant, alpha: np.float32) -> Product:
+    """Floats times 8-bit weights that have no zero points; else raises Refused."""
+    assert weights.scale is not None and weights.zero is not None
+    b, b_zero = _signed(weights.values, weights.zero)
+    if b_zero is not None:
+        raise Refused("activations are not quantized, weights have zero points")
+    with np.errstate(all="ignore"):
+        scale = alpha * np.broadcast_to(weights.scale.reshape(-1), (b.shape[1],))
+    check_scale(scale)
+    reason = "activations are not quantized"
+    return Product(name, "f32", b, list(weights.nodes), scale, reason=reason)
+
+
+def _in_codes(name: str, weights: Constant, alpha: np.float32) -> Product:
+    """Floats times float32 weights as 8-bit codes; raises Refused where they cannot be."""
+    if not np.isfinite(weights.values).all():
+        raise Refused("a weight is not finite")
+    found = quantize_columns(weights.values)
+    codes = Constant(found.codes, weights.nodes, found.scale, np.zeros((), np.int32))
+    return replace(_weight_only(name, codes, alpha), error=found.relative)
 
 
 def _quantized(

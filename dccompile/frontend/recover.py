@@ -20,16 +20,20 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto
 
+from dccompile import outliers
 from dccompile.workload import Gemm, GemmWeights, accumulator_bound
 
-from . import bags, convolutions, interaction
+from . import accumulation, bags, code_tables, convolutions, interaction
 from .bags import BagSite, recover_bags
 from .batch_norm import fold_batch_norms
+from .bias import fold_biases
+from .code_tables import make_tables
 from .convolutions import ConvSite, recover_convolutions
 from .dims import unify
 from .editor import Editor, attribute, is_op, operand, static_size
 from .epilogue import Epilogue, Tail, column_constant, take_activation, take_bias
 from .fold import fold
+from .hoist import hoist_quantize
 from .interaction import InteractionSite, recover_interactions
 from .layout import channels_last
 from .normalize import normalize
@@ -38,6 +42,7 @@ from .quantized import Constant, Refused, constant_operand
 from .requantize import requantize
 from .shuffles import absorb_shuffles
 from .sink import sink_dequantize
+from .spread import spread_dequantize
 from .unsigned import unsign
 
 DOMAIN, OP = "dccompile", "DccGemm"
@@ -54,7 +59,8 @@ class GemmSite:
     inputs: tuple[str, ...]
     output: str
     a_rank: int
-    precision: str  # int8 | int8-dynamic | fp16-weights | float32
+    precision: str  # int8 | int8-dynamic | int8-weights | fp16-weights | float32
+    error: float | None = None  # of weights that the compiler quantized, relative (mean square)
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Recovered:
 
     nodes: dicts of name, op, precision (that of its site, "folded" for what is computed at compile
     time, or the dtype of the output), reason ("" or why no hand-written kernel runs it, or not in
-    8 bits) and site (the recovered node that computes the node, or "").
+    8 bits) and site (the recovered node that computes the node, or ""). origin: of every node of
+    the rewritten model, the nodes of the model given that it stands for.
     """
 
     model: onnx.ModelProto
@@ -72,6 +79,7 @@ class Recovered:
     bags: dict[str, BagSite] = field(default_factory=dict)
     interactions: dict[str, InteractionSite] = field(default_factory=dict)
     convs: dict[str, ConvSite] = field(default_factory=dict)
+    origin: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def recover(
@@ -79,22 +87,29 @@ def recover(
     constants: Mapping[str, np.ndarray] | None = None,
     precision: str = "keep",
     embedding: str = "keep",
+    facts: accumulation.Facts | None = None,
 ) -> Recovered:
     """Rewrites a valid model whose shapes are inferred; the model given is not changed.
 
     `constants` gives the data of initializers (the gate's may lie outside of the model). precision
-    "fp16-weights" rounds float32 weights to float16 where all of them stay finite. embedding is
-    the storage of the tables of embedding bags: keep, fp16, int8 or int4.
+    "fp16-weights" rounds float32 weights of matrix multiplications to float16 where all of them
+    stay finite, "int8-weights" to 8 bits with a scale per column. embedding is the storage of the
+    tables of embedding bags: keep, fp16, int8 or int4. `facts` are calibration's about 16-bit
+    sums, given where the user allows sums that are not exact for any input.
     """
     editor = Editor(model, constants)
+    known = accumulation.applicable(editor, facts or {})
     unify(editor)
     normalize(editor)
     fold(editor, weights=False)
     fold_batch_norms(editor)
+    fold_biases(editor)
+    hoist_quantize(editor)
     sink_dequantize(editor)
     fold(editor, weights=False)
     unsign(editor)
-    recovery = _Recovery(editor, precision == "fp16-weights")
+    make_tables(editor)
+    recovery = _Recovery(editor, precision, known)
     recovery.bags = recover_bags(editor, embedding)
     recovery.interactions = recover_interactions(editor)
     recovery.convs = recover_convolutions(editor)
@@ -108,18 +123,23 @@ def recover(
             except Refused as refused:
                 recovery.reasons.setdefault(node.name, str(refused))
     editor.rewrite(recovery.changes)
+    fold(editor, weights=True)
     channels_last(editor)
     requantize(editor)
     fold(editor, weights=True)
+    spread_dequantize(editor)
     report = recovery.report()
     sites = recovery.gemms, recovery.bags.sites, recovery.interactions.sites, recovery.convs.sites
-    return Recovered(editor.finish(), report, *sites)
+    return Recovered(editor.finish(), report, *sites, editor.origin)
 
 
 class _Recovery:
-    def __init__(self, editor: Editor, half: bool) -> None:
+    def __init__(
+        self, editor: Editor, precision: str, facts: Mapping[str, Mapping[str, int]]
+    ) -> None:
         self.editor = editor
-        self.half = half
+        self.facts = facts
+        self.precision = precision
         self.bags = bags.Found()
         self.interactions = interaction.Found()
         self.convs = convolutions.Found()
@@ -145,7 +165,7 @@ class _Recovery:
         weights = matrix_weights(editor, node, rank)
         gemm = node.op_type == "Gemm"
         alpha = np.float32(attribute(node, "alpha", 1.0) if gemm else 1)
-        found = product(editor, node, weights, alpha, self.half)
+        found = product(editor, node, weights, alpha, self.precision)
         tail = Tail(editor, node)
         if gemm and attribute(node, "transA", 0):
             self._transpose(found, node)
@@ -169,7 +189,7 @@ class _Recovery:
         """Extends the tail as far as the kernels' epilogues go."""
         if epilogue.bias is None and found.sums_bias is None:
             epilogue.bias = take_bias(tail, found.b.shape[1], rank)
-        static = found.scale is not None and not found.runtime
+        static = found.integer and found.scale is not None and not found.runtime
         take_activation(tail, epilogue, quantize=static)
 
     def _transpose(self, found: Product, source: NodeProto) -> None:
@@ -215,7 +235,7 @@ class _Recovery:
         editor = self.editor
         weights = found.weights(None if epilogue.bias is None else _bias(found, epilogue))
         bias = weights.bias
-        out = "f32" if found.a_dtype == "f32" or found.scale is not None else "s32"
+        out = "s32" if found.integer and found.scale is None else "f32"
         bounded = False
         if epilogue.y_scale is not None and weights.scale is not None:
             out = epilogue.y_dtype
@@ -225,7 +245,6 @@ class _Recovery:
             bounded = _bounded(weights, found.a_dtype)
         shape = editor.shape(found.a) or ()
         k, n = found.b.shape
-        integer = found.b.dtype == np.int8
         workload = Gemm(
             m=static_size(shape[:-1]),
             n=n,
@@ -236,12 +255,14 @@ class _Recovery:
             bias="none" if bias is None else "s32" if bias.dtype == np.int32 else "f32",
             runtime=bool(found.runtime),
             b_zero=found.b_zero is not None,
-            b_bits=7 if integer and np.abs(found.b.astype(np.int16)).max() <= 64 else 8,
+            b_bits=7 if found.integer and np.abs(found.b.astype(np.int16)).max() <= 64 else 8,
             zero_point=epilogue.zero_point,
             clamp=epilogue.clamp,
             activation=epilogue.activation,
             clip=epilogue.clip,
             bounded=bounded,
+            outliers=outliers.counts(found.b) if found.integer else (),
+            spill=self._spill(node, found),
         )
         output = output or tail.value
         inputs = [found.a, *found.runtime]
@@ -252,9 +273,10 @@ class _Recovery:
         self.changes[tail.nodes[-1].name] = [*found.before, new]
         if found.reason:
             self.reasons[node.name] = found.reason
-        precision = {"f32": "float32", "f16": "fp16-weights"}.get(
-            workload.b, "int8-dynamic" if workload.runtime else "int8"
-        )
+        precision = "int8-dynamic" if workload.runtime else "int8"
+        if not found.integer:
+            stored = {"f32": "float32", "f16": "fp16-weights", "s8": "int8-weights"}
+            precision = stored[workload.b]
         self.gemms[node.name] = GemmSite(
             node.name,
             workload,
@@ -264,7 +286,15 @@ class _Recovery:
             output,
             len(shape),
             precision,
+            found.error,
         )
+
+    def _spill(self, node: NodeProto, found: Product) -> int:
+        if not found.integer or found.b_zero is not None:
+            return 0
+        origins = self.editor.origin[node.name]
+        facts = next((self.facts[name] for name in origins if name in self.facts), None)
+        return accumulation.period(facts, found.b, found.a_dtype)
 
     def report(self) -> list[dict[str, str]]:
         """One entry for every node of the model given, in its order."""
@@ -281,6 +311,8 @@ class _Recovery:
                 for name in site.nodes:
                     sites.setdefault(name, site)
         alive = {name for node in editor.nodes for name in editor.origin[node.name]}
+        tables = [node for node in editor.nodes if node.op_type == code_tables.OP]
+        looked_up = {name for node in tables for name in editor.origin[node.name]}
         reasons = {
             origin: reason
             for name, reason in self.reasons.items()
@@ -291,6 +323,8 @@ class _Recovery:
             entry = {"name": name, "op": op, "precision": "folded", "reason": "", "site": ""}
             if name in sites:
                 entry["precision"], entry["site"] = sites[name].precision, sites[name].name
+            elif name in looked_up:
+                entry["precision"] = "int8"
             elif name in alive:
                 kind = TensorProto.DataType.Name(editor.dtype(outputs[0])).lower()
                 entry["precision"] = {"float": "float32", "double": "float64"}.get(kind, kind)
@@ -305,7 +339,8 @@ def _bias(found: Product, epilogue: Epilogue) -> np.ndarray:
     constant = epilogue.bias
     assert constant is not None
     if (
-        found.scale is not None
+        found.integer
+        and found.scale is not None
         and not found.runtime
         and constant.scale is not None
         and constant.values.dtype == np.int32

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import reference
+from .. import outliers, reference
+from ..columns import quantize_columns
 from ..kernel import Kernel
 from ..workload import (
     INT8_LIMITS,
@@ -189,8 +190,13 @@ def _gemm(work: Gemm, rng: np.random.Generator) -> list[Problem]:
         b = rng.standard_normal((work.k, work.n), np.float32) * np.float32(2 / np.sqrt(work.k))
         bias = rng.standard_normal(work.n, np.float32) if work.bias == "f32" else None
         weights = GemmWeights(b.astype(NUMPY[work.b]), bias=bias)
+        if work.b == "s8":
+            columns = quantize_columns(b)
+            weights = GemmWeights(columns.codes, columns.scale, bias)
     else:
-        b = _codes(rng, "s8", (work.k, work.n), work.b_bits)
+        b = _sums_of_16_bits(work, rng)
+        if b is None:
+            b = _codes(rng, "s8", (work.k, work.n), work.b_bits)
         b_zero = rng.integers(-128, 128, work.n).astype(np.int32) if work.b_zero else None
         wide = b if b_zero is None else b.astype(np.int32) - b_zero
         scale, bias = _scale_and_bias(rng, work, wide, _zero(work.a), work.zero_point)
@@ -207,6 +213,16 @@ def _gemm(work: Gemm, rng: np.random.Generator) -> list[Problem]:
         expected = reference.gemm(work, weights, a, *scalars)
         problems.append(Problem(work, weights, [(a,)], scalars, expected))
     return problems
+
+
+def _sums_of_16_bits(work: Gemm, rng: np.random.Generator) -> np.ndarray | None:
+    """Weights of which the facts of the workload are true; None where it has none."""
+    if work.spill:
+        reach = max(1, 128 // (2 * work.spill))
+        return rng.integers(-reach, reach, (work.k, work.n), np.int8, endpoint=True)
+    if work.outliers:
+        return outliers.sample(rng, work.k, work.n, work.outliers)
+    return None
 
 
 def _conv(work: Conv, rng: np.random.Generator) -> list[Problem]:

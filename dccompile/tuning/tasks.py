@@ -159,12 +159,12 @@ def from_shapes(pattern: str | None, machine: Machine) -> list[Task]:
     found: dict[str, Task] = {}
     for family, work in _deployed():
         try:
-            kernel = registry.select(work, machine).kernel
+            choice = registry.select(work, machine)
         except ScheduleError:
             continue  # this target has no such kernel
-        if isinstance(work, (Gemm, Conv)) and work.b_bits == 7 and "s7" not in kernel.name:
+        if isinstance(work, (Gemm, Conv)) and work.b_bits == 7 and "s7" not in choice.kernel.name:
             continue  # the form exists for the kernels that make use of it
-        task = Task(kernel, machine, work.representative())
+        task = Task(choice.kernel, machine, choice.workload.representative())
         if pattern is None or task.matches(pattern) or fnmatch.fnmatchcase(family, pattern):
             found.setdefault(task.key, task)
     if not found:
