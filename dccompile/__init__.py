@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import Error, IncompatibleError, InputError, ModelError, TuningError, UnsupportedError
+from .errors import (
+    AccuracyError,
+    Error,
+    IncompatibleError,
+    InputError,
+    ModelError,
+    TuningError,
+    UnsupportedError,
+)
 
 if TYPE_CHECKING:
     from .checker import check
     from .compiler import compile
+    from .quantization.accuracy import accuracy
+    from .quantization.quantize import quantize
     from .runtime.loader import load
     from .tuning.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "AccuracyError",
     "Error",
     "IncompatibleError",
     "InputError",
@@ -21,13 +32,22 @@ __all__ = [
     "TuningError",
     "UnsupportedError",
     "__version__",
+    "accuracy",
     "check",
     "compile",
     "load",
+    "quantize",
     "tune",
 ]
 
-_LAZY = {"load": "runtime.loader", "compile": "compiler", "check": "checker", "tune": "tuning.tune"}
+_LAZY = {
+    "accuracy": "quantization.accuracy",
+    "check": "checker",
+    "compile": "compiler",
+    "load": "runtime.loader",
+    "quantize": "quantization.quantize",
+    "tune": "tuning.tune",
+}
 
 
 def __getattr__(name: str) -> Any:

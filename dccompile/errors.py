@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,16 @@ class TuningError(Error):
     """A tuning job or record cannot be used."""
 
     code = "DC7000"
+
+
+class AccuracyError(Error):
+    """An accuracy asked for was not reached; `model` is the best found, an onnx.ModelProto."""
+
+    code = "DC5000"
+
+    def __init__(self, message: str, code: str | None = None, model: Any = None) -> None:
+        super().__init__(message, code)
+        self.model = model
 
 
 class ScheduleError(Error):

@@ -86,6 +86,11 @@ def names() -> list[tuple[str, str]]:
     return [(name + suffix, about + more) for name, about in lines for suffix, more in forms]
 
 
+def vision_names() -> list[str]:
+    """The float vision models."""
+    return [*_ABOUT["vision"]]
+
+
 def size(name: str) -> int:
     """Bytes of a model's tables."""
     return _family(name).size(_base(name))

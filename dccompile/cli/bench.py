@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from .. import lookup, sources
@@ -18,16 +19,57 @@ Options = argparse.Namespace
 
 def bench(options: Options) -> int:
     """Dispatches to kernels, call overhead or a model."""
-    if options.model is None and options.kernels is None and not options.overhead:
-        raise UsageError("bench: no MODEL. Fix: name a model, or give --kernels or --overhead")
-    if options.model is not None and (options.kernels is not None or options.overhead):
-        raise UsageError("bench: MODEL together with --kernels or --overhead. Fix: give one")
+    what = (options.model, options.kernels, options.overhead or None, options.quantize)
+    if sum(value is not None for value in what) != 1:
+        found = "no MODEL" if not any(what) else "MODEL together with another"
+        raise UsageError(
+            f"bench: {found}. Fix: name a model, or give --kernels, --overhead or --quantize"
+        )
+    if options.quantize is not None:
+        return _quantize(options)
     threads = sources.parse_counts(options.threads or ["1"], "--threads")
     if options.kernels is not None:
         return _kernels(options, threads)
     if options.overhead:
         return _overhead(options)
     return _model(options, threads)
+
+
+def _quantize(options: Options) -> int:
+    from .. import models
+    from ..bench import quantization_bench
+
+    known = [name for name, _ in models.names() if not name.endswith("-int8")]
+    names = options.quantize.split(",") if options.quantize else models.vision_names()
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(
+            f"--quantize '{unknown[0]}': no such float model. Fix: name one of {', '.join(known)}"
+        )
+    rows = []
+    with Progress(options.quiet) as progress:
+        for name in names:
+            tests = 4 if name in models.vision_names() else 100  # of these one has few outputs
+            rows.append(quantization_bench.run(name, options.samples, tests, progress))
+    if options.json:
+        body = [{**asdict(row), "best": row.best, "gain": row.gain} for row in rows]
+        document("bench", {"environment": environment(), "rows": body})
+        return 0
+    table(
+        ("model", "samples", "dB", *(f"ORT {m}" for m in quantization_bench.METHODS), "gain",
+         "steps", "s"),
+        [
+            (row.model, row.samples, row.ours,
+             *(v if isinstance(v := row.peer[m], float) else None
+               for m in quantization_bench.METHODS),
+             row.gain, row.steps, row.seconds)
+            for row in rows
+        ],
+    )  # fmt: skip
+    for row in rows:
+        for method, value in row.peer.items():
+            if isinstance(value, str):
+                out(f"{row.model}, {method}: {value}")
+    return 0
 
 
 def _model(options: Options, threads: list[int]) -> int:

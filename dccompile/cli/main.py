@@ -55,12 +55,21 @@ def parser() -> _Parser:
     compiling.add_argument(
         "--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224 or x:1..64x13"
     )
-    compiling.add_argument("--precision", default="keep", choices=["keep", "fp16-weights"])
+    compiling.add_argument(
+        "--precision", default="keep", choices=["keep", "fp16-weights", "int8-weights"]
+    )
     compiling.add_argument(
         "--embedding",
         default="keep",
         choices=["keep", "fp16", "int8", "int4"],
         help="how rows of embedding tables are stored (keep)",
+    )
+    summing = _Parser(add_help=False)
+    summing.add_argument(
+        "--accumulation",
+        default="exact",
+        choices=["exact", "calibrated"],
+        help="16-bit sums without VNNI: for any input, or as calibration allows (exact)",
     )
     tuned = _Parser(add_help=False)
     tuned.add_argument("--tuning", metavar="DIR", help="tuning logs, or none (the packaged ones)")
@@ -88,15 +97,27 @@ def parser() -> _Parser:
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
 
+    _add_quantize(
+        verbs.add_parser(
+            "quantize",
+            parents=[common, machine, seeded],
+            help="make a QDQ model of a float one, which any runtime can load",
+        )
+    )
+
     add = verbs.add_parser(
-        "compile", parents=[common, machine, compiling, tuned, seeded], help="make one .dcm file"
+        "compile",
+        parents=[common, machine, compiling, summing, tuned, seeded],
+        help="make one .dcm file",
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
     add.add_argument("-o", "--output", metavar="F.dcm", help="(the model's name, here)")
     add.add_argument("--explain", action="store_true", help="every node and kernel, and why")
 
     add = verbs.add_parser(
-        "run", parents=[common, machine, compiling, tuned, seeded], help="one call, saves outputs"
+        "run",
+        parents=[common, machine, compiling, summing, tuned, seeded],
+        help="one call, saves outputs",
     )
     add.add_argument("model", metavar="MODEL", help=_MODEL)
     add.add_argument(
@@ -128,6 +149,14 @@ def parser() -> _Parser:
         "(default: all of these)",
     )
     what.add_argument("--overhead", action="store_true", help="what a call of a tiny model costs")
+    what.add_argument(
+        "--quantize",
+        nargs="?",
+        const="",
+        metavar="NAMES",
+        help="accuracy of quantized reference models (the vision models), against ONNX Runtime's",
+    )
+    add.add_argument("--samples", type=int, default=8, metavar="N", help="of --quantize (8)")
     add.add_argument("--against", metavar="PEERS", help="onnxruntime,openvino,torch,tvm")
     add.add_argument("--threads", action="append", metavar="N[,N]", help="(1)")
     add.add_argument("--batch", action="append", metavar="N[,N]", help="open dims (1)")
@@ -193,6 +222,14 @@ def parser() -> _Parser:
     add.add_argument("--workers", type=int, default=1, metavar="N", help="processes here (1)")
     add.add_argument("--update", action="store_true", help="write the figures found into the logs")
 
+    _add_accuracy(
+        verbs.add_parser(
+            "accuracy",
+            parents=[common, machine, seeded],
+            help="error of every layer of a quantized model against float",
+        )
+    )
+
     add = verbs.add_parser(
         "inspect", parents=[common, machine], help="what is in an artifact; runs none of it"
     )
@@ -204,6 +241,61 @@ def parser() -> _Parser:
         "doctor", parents=[common, machine], help="machine, ISA, threads, versions, peers found"
     )
     return top
+
+
+def _add_quantize(add: argparse.ArgumentParser) -> None:
+    add.add_argument("model", metavar="MODEL", help="a float .onnx file or reference model")
+    add.add_argument("-o", "--output", metavar="F.onnx", help="(MODEL-int8.onnx)")
+    add.add_argument(
+        "--calib", metavar="DATA", help="F.npz, a folder of them, or random:N: samples for ranges"
+    )
+    add.add_argument("--method", default="l2", help="l2, minmax, percentile or entropy (l2)")
+    add.add_argument(
+        "--activations",
+        default="static",
+        help="static, or only fully-connected layers: dynamic, dynamic-rows, float (static)",
+    )
+    add.add_argument(
+        "--selective", action="store_true", help="leave in float what costs most, to --max-drop"
+    )
+    add.add_argument("--val", metavar="F.npz", help="inputs and labels for --metric (--calib)")
+    add.add_argument(
+        "--metric", metavar="M:F", help="f(outputs, data), larger is better (1 - relative error)"
+    )
+    add.add_argument("--max-drop", type=float, default=0.01, metavar="R", help="relative (0.01)")
+    add.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="nodes to leave in float"
+    )
+    add.add_argument("--granularity", default="channel", help="channel, group or tensor (channel)")
+    add.add_argument(
+        "--outliers", type=float, metavar="SHARE", help="of weights beyond +-64, without VNNI"
+    )
+    add.add_argument(
+        "--acc16", action="store_true", help="16-bit sums for compile --accumulation calibrated"
+    )
+    add.add_argument(
+        "--no-net-aware", dest="net_aware", action="store_false", help="a pair at every tensor"
+    )
+    add.add_argument(
+        "--fuse-sums", action="store_true", help="one rounding less in residual sums, for dccompile"
+    )
+    add.add_argument(
+        "--no-bias-correction", dest="bias_correction", action="store_false", help="keep biases"
+    )
+    add.add_argument("--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224")
+    add.add_argument("--threads", type=int, metavar="N")
+
+
+def _add_accuracy(add: argparse.ArgumentParser) -> None:
+    add.add_argument("model", metavar="MODEL", help="a QDQ .onnx file or reference model")
+    add.add_argument("--reference", metavar="F.onnx", help="the float model it was made from")
+    add.add_argument(
+        "--data", metavar="DATA", required=True, help="F.npz, a folder of them, or random:N"
+    )
+    add.add_argument("--top", type=int, default=20, metavar="N", help="worst layers shown (20)")
+    add.add_argument("--fail-below", metavar="20dB", help="exit 5 if an output is worse")
+    add.add_argument("--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224")
+    add.add_argument("--threads", type=int, metavar="N")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

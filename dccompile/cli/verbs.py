@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..console import Progress, document, out, table, warn
 from ..environment import environment
 from ..errors import Error, UsageError
 from ..workload import from_json
+from .islands import island_line
 
 Options = argparse.Namespace
 
@@ -72,11 +74,12 @@ def check(options: Options) -> int:
     if options.json:
         body = {"model": source.name, "ok": report.ok, "problems": problems, "nodes": report.nodes}
         body |= {"variants": report.variants, "warnings": report.warnings}
+        body |= {"islands": report.islands}
         document("check", {"environment": environment(), **body})
     elif report.ok:
         _node_table(report.nodes)
         out()
-        _precision_lines(report.nodes)
+        _precision_lines(report.nodes, report.islands)
         _kernel_lines({"variants": report.variants})
         out(f"{source.name} can be compiled")
     else:
@@ -101,6 +104,7 @@ def compile_(options: Options) -> int:
             shapes=source.shapes(options.shape),
             precision=options.precision,
             embedding=options.embedding,
+            accumulation=options.accumulation,
             tuning=options.tuning,
             require_tuned=options.require_tuned,
             name=source.name,
@@ -121,7 +125,7 @@ def compile_(options: Options) -> int:
             out()
             _kernel_table(manifest, explain=True)
             out()
-        _precision_lines(manifest["nodes"])
+        _precision_lines(manifest["nodes"], manifest["islands"])
         _kernel_lines(manifest)
         _table_lines(manifest)
         variants = ", ".join(v["target"] for v in manifest["variants"])
@@ -165,30 +169,6 @@ def run(options: Options) -> int:
     return 0
 
 
-def bench(options: Options) -> int:
-    from .bench import bench as run_bench
-
-    return run_bench(options)
-
-
-def tune(options: Options) -> int:
-    from .tune import tune as run_tune
-
-    return run_tune(options)
-
-
-def worker(options: Options) -> int:
-    from .worker import worker as run_worker
-
-    return run_worker(options)
-
-
-def records(options: Options) -> int:
-    from .records import run as run_records
-
-    return run_records(options)
-
-
 def inspect(options: Options) -> int:
     from ..runtime import artifact
 
@@ -220,7 +200,7 @@ def inspect(options: Options) -> int:
     out()
     _kernel_table(manifest)
     out()
-    _precision_lines(manifest.get("nodes", []))
+    _precision_lines(manifest.get("nodes", []), manifest.get("islands", {}))
     for variant in manifest["variants"]:
         out(_memory_line(variant))
     out()
@@ -279,15 +259,27 @@ def doctor(options: Options) -> int:
     return 0
 
 
+def _in(module: str, name: str) -> Callable[[Options], int]:
+    """The verb of a module of its own, which is imported when it runs."""
+
+    def verb(options: Options) -> int:
+        function: Callable[[Options], int] = getattr(import_module(module, __package__), name)
+        return function(options)
+
+    return verb
+
+
 VERBS: dict[str, Callable[[Options], int]] = {
     "models": models,
     "check": check,
+    "quantize": _in(".quantize", "quantize"),
     "compile": compile_,
     "run": run,
-    "bench": bench,
-    "tune": tune,
-    "worker": worker,
-    "records": records,
+    "bench": _in(".bench", "bench"),
+    "tune": _in(".tune", "tune"),
+    "worker": _in(".worker", "worker"),
+    "records": _in(".records", "run"),
+    "accuracy": _in(".accuracy", "accuracy"),
     "inspect": inspect,
     "doctor": doctor,
 }
@@ -305,6 +297,7 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
         shapes=source.shapes(options.shape),
         precision=options.precision,
         embedding=options.embedding,
+        accumulation=options.accumulation,
         tuning=options.tuning,
         require_tuned=options.require_tuned,
         name=source.name,
@@ -332,17 +325,21 @@ def _node_table(nodes: list[dict[str, Any]]) -> None:
     table(("node", *keys[1:]), [tuple(node.get(k) or "-" for k in keys) for node in nodes])
 
 
-def _precision_lines(nodes: list[dict[str, Any]]) -> None:
-    """How many nodes run in which precision, and which were left in float and why."""
+def _precision_lines(nodes: list[dict[str, Any]], islands: dict[str, Any]) -> None:
+    """How many nodes run in which precision, which were left in float and why, where 8 bits end."""
     counts = Counter(str(node["precision"]) for node in nodes)
     out("nodes: " + ", ".join(f"{n} {precision}" for precision, n in counts.most_common()))
+    floats = {name for names in islands.get("nodes", []) for name in names}
     reasons: dict[str, list[str]] = {}
     for node in nodes:
-        if node.get("reason") and node["precision"].startswith("f"):
+        fused = islands.get("switches") and node["name"] not in floats  # it reads and writes bytes
+        if node.get("reason") and node["precision"].startswith("f") and not fused:
             reasons.setdefault(node["reason"], []).append(f"{node['op']} '{node['name']}'")
     for reason, names in reasons.items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         out(f"left in float: {', '.join(names[:4])}{more}: {reason}")
+    if islands.get("switches"):
+        out(island_line(**islands))
 
 
 def _table_lines(manifest: dict[str, Any]) -> None:
