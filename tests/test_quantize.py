@@ -439,6 +439,11 @@ def test_command_line(tmp_path: Path, model: bytes) -> None:
     onnx.checker.check_model(tmp_path / "net-int8.onnx")
 
 
+def test_command_line_names_a_folder_that_is_missing(tmp_path: Path) -> None:
+    done = dccompile("quantize", "dlrm-mlp", "--calib", "random:1", "-o", "a/b.onnx", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no folder 'a'" in done.stderr
+
+
 def test_command_line_of_a_missed_drop(tmp_path: Path, model: bytes) -> None:
     (tmp_path / "net.onnx").write_bytes(model)
     np.savez(tmp_path / "calib.npz", x=np.concatenate([f["x"] for f in samples()]))
@@ -471,3 +476,24 @@ def test_bad_calibration_data(
     done = dccompile("quantize", "net.onnx", "--calib", "calib.npz", cwd=tmp_path)
     assert done.returncode == 2 and code in done.stderr and "Traceback" not in done.stderr
     assert [*tmp_path.glob("*int8*")] == []
+
+
+def test_bench_against_onnx_runtime(tmp_path: Path) -> None:
+    done = dccompile("bench", "--quantize", "dlrm-mlp", "--samples", "4", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["samples"] == 4 and row["steps"] < 1e-3
+    assert 30 < row["ours"] < 80 and row["gain"] == pytest.approx(row["ours"] - row["best"])
+    assert set(row["peer"]) == {"MinMax", "Percentile", "Entropy"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("bench", "--quantize", "resnet"), "no such float model"),
+        (("bench", "dlrm-mlp", "--quantize", "dlrm-mlp"), "MODEL together with another"),
+    ],
+)
+def test_bench_of_wrong_names(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    done = dccompile(*options, cwd=tmp_path)
+    assert done.returncode == 2 and says in done.stderr

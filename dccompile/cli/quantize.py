@@ -28,6 +28,10 @@ def quantize(options: Options) -> int:
     start = time.monotonic()
     source = sources.resolve(options.model, options.seed)
     path = Path(options.output or f"{source.name}-int8.onnx")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"-o '{path}': there is no folder '{path.parent}'. Fix: create it or name another"
+        )
     reports: list[Report] = []
     missed = None
     with Progress(options.quiet) as progress:
