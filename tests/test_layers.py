@@ -8,7 +8,7 @@ from pathlib import Path
 import dccompile
 
 LAYERS = (
-    {"errors", "machine", "sls"},
+    {"errors", "lines", "machine", "sls"},
     {"workload", "kernel", "outliers", "runtime"},
     {"streams"},
     {"reference", "tables", "columns", "linker", "cache", "environment", "console", "fingerprint"},

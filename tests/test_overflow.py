@@ -12,9 +12,10 @@ from dccompile import outliers
 from dccompile.compiler import compile
 from dccompile.errors import InputError, ModelError, UsageError
 from dccompile.frontend import accumulation
+from dccompile.frontend.accumulation import KEY
 from dccompile.frontend.gate import read
 from dccompile.frontend.recover import recover
-from dccompile.quantization.overflow import KEY, PERIODS, spill_period
+from dccompile.quantization.overflow import PERIODS, spill_period
 
 K, N = 70, 24
 

@@ -24,9 +24,9 @@ from .. import models
 from ..compiler import compile
 from ..console import Progress
 from ..quantization import placement, prepare
+from ..quantization.noise import decibels
 from ..quantization.observe import largest_batch
 from ..quantization.quantize import quantize
-from ..quantization.weights import decibel
 
 METHODS = ("MinMax", "Percentile", "Entropy")
 _BYTES = 6 << 30  # of all tensors of all samples, which ONNX Runtime's calibrators keep
@@ -152,7 +152,7 @@ def _sqnr(name: str, want: list[Outputs], got: list[Outputs]) -> float | None:
         return None
     signal = sum(float(np.square(w, dtype=np.float64).sum()) for w, _ in pairs)
     noise = sum(float(np.square(w.astype(np.float64) - g).sum()) for w, g in pairs)
-    return decibel(signal, noise)
+    return decibels(signal, noise)
 
 
 def _steps(name: str, want: list[Outputs], got: list[Outputs]) -> float | None:

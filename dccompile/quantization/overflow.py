@@ -24,7 +24,6 @@ import numpy as np
 from ..errors import InputError
 from ..outliers import steps
 
-KEY = "dccompile.accumulation"  # in the metadata of a model
 PERIODS = (8, 6, 4, 3, 2, 1)
 _ALL = 24  # a multiple of every period, in k-steps
 _MOST = 32767

@@ -35,7 +35,6 @@ _MOVES = (
     "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
-_NARROWING = ("GlobalMaxPool", "MaxPool")  # moves behind which values are fewer and larger
 _SUMS = ("AveragePool", "Concat", "GlobalAveragePool", "ReduceMean")
 _CLAMPS = ("Clip", "Relu")
 _FUNCTIONS = (

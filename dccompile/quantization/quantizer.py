@@ -122,9 +122,7 @@ class Quantizer:
         scales = sum(len(np.unique(w.scale)) for w in found)
         settings, plan = self.settings, self.place(left)
         narrowed = sum(group.bounds != placement.OPEN for group in plan.groups)
-        corrected = sum(
-            self._shift(self.nodes[n], self.layer(n).weights) is not None for n in names
-        )
+        corrected = sum(self.layer(name).corrected for name in names)
         limit = "" if settings.outliers is None else f", at most {settings.outliers:.2%} a filter"
         aware = f"{len(plan.through)} tensors without a range of their own, {narrowed} narrowed"
         return [
@@ -160,7 +158,7 @@ class Quantizer:
         if name not in self._made:
             node = self.nodes[name]
             found = self.quantized(node)
-            self._made[name] = Layer(found, self._bias(node, found))
+            self._made[name] = self._with_bias(node, found)
         return self._made[name]
 
     def quantized(self, node: NodeProto) -> Quantized:
@@ -180,10 +178,10 @@ class Quantizer:
             )
         return self._weights[key]
 
-    def _bias(self, node: NodeProto, found: Quantized) -> np.ndarray | None:
-        """The bias as (channels,) f32, less what the rounding of the weights adds on average.
+    def _with_bias(self, node: NodeProto, found: Quantized) -> Layer:
+        """The layer with its bias, less what the rounding of the weights adds on average.
 
-        Of a MatMul what is added behind it. None if it is not a row of constants.
+        Of a MatMul it is what is added behind it. None if that is not a row of constants.
         """
         channels = len(found.scale)
         plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta"))
@@ -192,11 +190,11 @@ class Quantizer:
             name = self._added(node)
         bias = self.editor.constant(name) if name else np.zeros(channels, np.float32)
         if bias is None or bias.shape not in ((channels,), (1, channels)) or not plain:
-            return None
+            return Layer(found, None)
         shift = self._shift(node, found)
         if shift is None or (node.op_type == "MatMul" and not name):
-            return bias.reshape(-1) if name else None
-        return (bias.reshape(-1) - shift).astype(np.float32)
+            return Layer(found, bias.reshape(-1) if name else None)
+        return Layer(found, (bias.reshape(-1) - shift).astype(np.float32), corrected=True)
 
     def _added(self, node: NodeProto) -> str:
         """The constant of the Add behind a MatMul that nothing else reads, or ""."""

@@ -28,11 +28,13 @@ _MOST_BIAS = 2.0**31 - 1
 class Layer:
     """What a layer computes with: weights, and its bias (channels,) f32, if it has one.
 
-    The bias of a MatMul is added behind it, and stays float.
+    The bias of a MatMul is added behind it, and stays float. `corrected`: what the rounding of the
+    weights adds on average is taken off the bias.
     """
 
     weights: Quantized
     bias: np.ndarray | None
+    corrected: bool = False
 
 
 def write(

@@ -22,6 +22,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from dccompile import lines
 from dccompile.errors import Error, UsageError
 
 _SHOWN = 3  # names in a line of the log
@@ -231,12 +232,7 @@ class _Journal:
             number = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(number, fcntl.LOCK_EX)
-                size = os.fstat(number).st_size
-                if size and os.pread(number, 1, size - 1) != b"\n":
-                    line = b"\n" + line
-                if os.write(number, line) != len(line):
-                    raise OSError("the disk is full")
-                os.fsync(number)
+                lines.append(number, line)
             finally:
                 os.close(number)
         except OSError as error:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from dccompile.frontend.accumulation import KEY
+
 from . import observe, ranges
-from .overflow import KEY, Spill, spill_period
+from .overflow import Spill, spill_period
 from .quantizer import Quantizer
 
 _ROWS = 4096  # of a layer's activations, the first ones

@@ -75,9 +75,8 @@ class Static:
         quantizer = self.quantizer
         evaluation = Evaluation(quantizer.model, samples, metric, self.shapes, self.threads)
         self.progress.step("rank the layers by their own errors")
-        ranked = own_errors(
-            quantizer.model, quantizer.build(), self.samples, self.shapes, self.threads
-        )
+        whole = quantizer.build()
+        ranked = own_errors(quantizer.model, whole, self.samples, self.shapes, self.threads)
         found = selective.search(
             [layer.node for layer in ranked],
             quantizer.build,
@@ -85,7 +84,7 @@ class Static:
             evaluation.reference,
             max_drop,
             None if journal is None else Path(journal),
-            self._digest(evaluation),
+            _digest(whole, evaluation),
             self.progress.note,
         )
         self.left = found.excluded
@@ -121,15 +120,15 @@ class Static:
         if self.progress.live or done & (done - 1) == 0:  # lines that stay: 1, 2, 4, 8 ..
             self.progress.step(f"calibrate: {event['step']}{f' {done}' if done else ''}")
 
-    def _digest(self, evaluation: Evaluation) -> str:
-        """Of everything that a search depends on."""
-        model = self.quantizer.build().SerializeToString(deterministic=True)
-        digest = hashlib.sha256(model)
-        digest.update(evaluation.title.encode())
-        for name, value in sorted(evaluation.data.items()):
-            digest.update(f"{name}{value.dtype}{value.shape}".encode())
-            digest.update(np.ascontiguousarray(value).view(np.uint8).data)
-        return digest.hexdigest()[:16]
+
+def _digest(model: onnx.ModelProto, evaluation: Evaluation) -> str:
+    """Of everything that a search depends on: the model with all layers quantized, the samples."""
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    digest.update(evaluation.title.encode())
+    for name, value in sorted(evaluation.data.items()):
+        digest.update(f"{name}{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+    return digest.hexdigest()[:16]
 
 
 class _Kept:

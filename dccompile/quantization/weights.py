@@ -19,6 +19,8 @@ from onnx import NodeProto
 from dccompile.columns import best_scales
 from dccompile.frontend.editor import attribute
 
+from .noise import decibels
+
 GRANULARITIES = ("channel", "group", "tensor")
 LIMIT = 127  # codes are symmetric: -127 .. 127
 MAIN = 64  # the largest code whose pairs of products with u8 fit 16 bits
@@ -83,7 +85,7 @@ def quantize(
         np.ascontiguousarray(np.moveaxis(moved, 0, axis)),
         scale,
         axis,
-        decibel(signal, noise),
+        decibels(signal, noise),
         beyond,
     )
 
@@ -111,10 +113,3 @@ def _quantile(rows: np.ndarray, share: float) -> np.ndarray:
     index = min(rows.shape[1] - 1, int(np.ceil(share * rows.shape[1])) - 1)
     found: np.ndarray = np.partition(rows, index, axis=1)[:, index]
     return found
-
-
-def decibel(signal: float, noise: float) -> float:
-    """Ratio of two powers; infinite where there is no noise."""
-    if noise <= 0:
-        return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .. import records
+from .. import lines, records
 from ..errors import TuningError
 from ..kernel import Kernel
 from .tasks import Task
@@ -50,7 +50,7 @@ class Journal:
                 new = not path.exists()
                 number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
-                    _write(number, line)
+                    lines.append(number, line)
                 finally:
                     os.close(number)
                 if new:
@@ -103,16 +103,6 @@ def _restore(kernel: Kernel, data: Mapping[str, Any]) -> Any | None:
     if not plain or set(data) != {f.name for f in fields(kernel.Params)}:
         return None
     return kernel.Params(**data)
-
-
-def _write(number: int, line: bytes) -> None:
-    """One write at the end of a file; a torn line there is ended before it."""
-    size = os.fstat(number).st_size
-    if size and os.pread(number, 1, size - 1) != b"\n":
-        line = b"\n" + line
-    if os.write(number, line) != len(line):
-        raise OSError("the disk is full")
-    os.fsync(number)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
