@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,25 @@ from .runtime.params import Stream
 from .streams import Streams
 
 
+@dataclass(frozen=True)
+class Memory:
+    """How `main` reaches the memory that tensors are in; both emit code.
+
+    ``copy(target, source, bytes)`` is from tensor to tensor, ``read(target, source, bytes)`` from a
+    tensor, as soon as it is computed, into a variable of `main`.
+    """
+
+    copy: Callable[[Any, Any, Any], None]
+    read: Callable[[Any, Any, Any], None]
+
+
+def _memcpy(target: Any, source: Any, nbytes: Any) -> None:
+    T.evaluate(tirx.call_extern("handle", "memcpy", target, source, nbytes))
+
+
+HOST = Memory(_memcpy, _memcpy)
+
+
 def lower(
     mod: tvm.IRModule,
     bounds: dict[str, int | None],
@@ -43,6 +63,7 @@ def lower(
     streams: Streams | None = None,
     requirements: Sequence[tuple[Any, str]] = (),
     computed: Sequence[tuple[Any, Any]] = (),
+    memory: Memory = HOST,
 ) -> tuple[dict[str, tirx.PrimFunc], Program]:
     """Returns the PrimFuncs to build by symbol, `main` and `plan` first, and the program.
 
@@ -51,7 +72,7 @@ def lower(
     constant into params and returns its byte offset; `streams` knows those yet to be made.
     `requirements` are conditions on the symbols, by name, with the message of the error that `plan`
     and `main` raise where one does not hold. `computed` gives symbols whose values the last results
-    of `main` are, and the most that they can be.
+    of `main` are, and the most that they can be. `memory` is where the tensors are.
 
     Raises UnsupportedError naming every binding that has no static plan.
     """
@@ -64,7 +85,7 @@ def lower(
         storage.offset = place(storage.data)
     known = [*program.symbols, *program.computed]
     program.requirements = [(_renamed(c, known), text) for c, text in requirements]
-    entries = {"main": _main(program), "plan": _plan_function(program)}
+    entries = {"main": _main(program, memory), "plan": _plan_function(program)}
     return {**entries, **linear.functions}, program
 
 
@@ -257,7 +278,7 @@ class _Requirements:
         self.unbound.remove(symbol)
 
 
-def _main(program: Program) -> tirx.PrimFunc:
+def _main(program: Program, memory: Memory) -> tirx.PrimFunc:
     computed = program.computed
 
     def largest(tensor: Tensor, which: dict[Any, Any] = computed) -> list[Any]:
@@ -299,9 +320,6 @@ def _main(program: Program) -> tirx.PrimFunc:
                 tirx.const(0, "int64"),
             )
 
-        def copy(source: Any, target: Any, nbytes: Any) -> None:
-            T.evaluate(tirx.call_extern("handle", "memcpy", target, source, nbytes))
-
         requirements = _Requirements(program)
         requirements.check()
         for step in program.steps:
@@ -317,14 +335,14 @@ def _main(program: Program) -> tirx.PrimFunc:
                     T.evaluate(call)
             for symbol, tensor in step.binds:
                 count = local(1, "int64")
-                copy(pointer(tensor), T.address_of(count[0]), tirx.const(8, "int64"))
+                memory.read(T.address_of(count[0]), pointer(tensor), tirx.const(8, "int64"))
                 T.Bind(count[0], var=symbol)
                 requirements.bind(symbol)
             requirements.check()
         for source, target in program.copies:
             itemsize = 1 if source.dtype == "bool" else np.dtype(source.dtype).itemsize
             count = math.prod(_extent(source.shape), start=tirx.const(itemsize, "int64"))
-            copy(pointer(source), pointer(target), count)
+            memory.copy(pointer(target), pointer(source), count)
         for i, dim in enumerate(_extent(tuple(dims)) if sizes is not None else []):
             T.buffer_store(sizes, dim, [i])
     return builder.get()

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import lookup
 from .errors import ModelError, Problem, UnsupportedError
-from .machine import TARGETS
+from .machine import resolve
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def check(
         front = pipeline.front(source, dict(shapes) if shapes else None, precision, embedding)
         for name, cpu in cpus.items():
             tuned = lookup.Tuning(logs, name, cpu)
-            lowered.append(pipeline.lower(front, TARGETS[name], pipeline.Constants(), tuned))
+            lowered.append(pipeline.lower(front, resolve(name), pipeline.Constants(), tuned))
     except (ModelError, UnsupportedError) as error:
         return Report(problems=list(error.problems))
     if require_tuned:

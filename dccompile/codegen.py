@@ -29,8 +29,9 @@ from tvm.tirx.script import builder as T
 
 from . import fingerprint
 from .cache import Cache
+from .cuda import build
 from .generic import legalize, stack
-from .machine import Machine
+from .machine import Gpu, Machine
 from .registry import Choice
 
 _TURNS = 1024  # of 4 bytes: what the smallest pipe holds
@@ -39,7 +40,10 @@ _DIGITS = 10  # of the digest in a symbol: equal ones among 1000 functions are a
 
 @dataclass(frozen=True)
 class Unit:
-    """One object file: `make` gives its functions by symbol, `key` names their machine code."""
+    """One object file: `make` gives its functions by symbol, `key` names their machine code.
+
+    For a GPU it is what `cuda.build` packs: the host's object file and the kernels' code.
+    """
 
     key: str
     machine: Machine
@@ -133,6 +137,8 @@ def _tools(machine: Machine) -> str:
     """Digest of all that turns a function into machine code."""
     versions = f"tvm {tvm.__version__} llvm {tvm.target.codegen.llvm_version_major()}"
     sources = _sources(Path(__file__)), _with_imports(Path(stack.__file__))
+    if isinstance(machine, Gpu):
+        return _sha256(versions, *sources, *build.tools(machine))
     return _sha256(versions, str(legalize.target_of(machine)), *sources)
 
 
@@ -201,6 +207,10 @@ def objects(
 
 
 def _compile(unit: Unit, path: Path, cache: Cache) -> None:
+    if isinstance(unit.machine, Gpu):
+        path.write_bytes(build.build(unit.make(), unit.machine).pack())
+        cache.put(unit.key, path.read_bytes())
+        return
     functions = {n: f.with_attr("global_symbol", n) for n, f in unit.make().items()}
     built = stack.build(tvm.IRModule(functions), legalize.target_of(unit.machine))
     built.write_to_file(str(path), "o")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("keep", "fp16-weights", "int8-weights")
 EMBEDDINGS = ("keep", "fp16", "int8", "int4")
 ACCUMULATIONS = ("exact", "calibrated")
+_IMAGES = ("cubin", "ptx")  # of a group of kernels, in a variant for a GPU
 DEFAULT_TARGETS = ("host", "x86-64-v3")
 
 
@@ -42,19 +43,21 @@ class CompiledArtifact:
         """Writes the artifact; the file appears whole or not at all. Returns its path."""
         root = Path(self._folder.name)
         names = [v["library"] for v in self.manifest["variants"]]
+        for variant in self.manifest["variants"]:
+            names += [image[kind] for image in variant.get("images", ()) for kind in _IMAGES]
         names += ["params.safetensors", artifact.RUNTIME]
         entries: dict[str, Any] = {name: root / name for name in names}
         target = Path(path)
         artifact.write(target, self.manifest, entries)
         return target
 
-    def load(self, threads: int | None = None) -> Module:
-        """Loads without keeping a file."""
+    def load(self, threads: int | None = None, device: str = "cpu") -> Module:
+        """Loads without keeping a file; arguments as for `dccompile.load`."""
         from .runtime.loader import load
 
         path = self.save(Path(self._folder.name) / "unsaved.dcm")
         try:
-            return load(path, threads=threads)
+            return load(path, threads=threads, device=device)
         finally:
             path.unlink()
 

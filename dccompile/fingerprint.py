@@ -20,6 +20,7 @@ _COMMENT = re.compile(
 _DOCSTRING = re.compile(r'(?P<before>\A|:[ \t]*\n)\s*""".*?"""', re.DOTALL)
 # `ast` would take 50 ms for the kernels of a model. Names after "as" are no files.
 _IMPORT = re.compile(r"^\s*from \.(?!\.)(\w*)[\w.]* import (?:\(([^)]*)\)|([^\n]*))", re.MULTILINE)
+_BESIDE = re.compile(r"^\s*from \.\.(?!\.)(\w+)\.(\w+) import ", re.MULTILINE)
 _NAME = re.compile(r"(?<!as )\b(?!as\b)\w+")
 
 
@@ -38,7 +39,10 @@ def schedule(kernel: Kernel) -> str:
 
 
 def imported_files(path: Path) -> list[Path]:
-    """A Python file and those in its folder that it imports, directly or not, by name."""
+    """A Python file and those in its folder, or one beside that, that it imports, by name.
+
+    Directly or not: a kernel for GPUs may share the packing of its constants with one for CPUs.
+    """
     found, new = {path}, [path]
     while new:
         siblings = _siblings(new.pop())
@@ -52,7 +56,11 @@ def _siblings(path: Path) -> frozenset[Path]:
     names = set()
     for module, listed, line in _IMPORT.findall(_code(path)):
         names |= {module} if module else set(_NAME.findall(listed or line))
-    return frozenset(path.with_name(f"{name}.py") for name in names)
+    found = {path.with_name(f"{name}.py") for name in names}
+    for folder, name in _BESIDE.findall(_code(path)):
+        other = path.parent.parent / folder / f"{name}.py"
+        found |= {other} if other.is_file() else set()
+    return frozenset(found)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033

@@ -57,6 +57,65 @@ TARGETS: dict[str, Machine] = {
 }
 
 
+@dataclass(frozen=True)
+class Gpu(Machine):
+    """One NVIDIA target: `arch` names the instruction set, ``sm_80``.
+
+    `features` are that of this architecture and of those before it. `registers` is how many one
+    thread may have, `bits` the width of a warp's lanes together, `shared` the bytes of shared
+    memory that one block may have; the rest describes the largest part of its architecture:
+    multiprocessors, clock in GHz, GB/s of memory.
+    """
+
+    arch: str = ""
+    shared: int = 99 << 10
+    multiprocessors: int = 84
+    clock: float = 1.7
+    bandwidth: float = 700.0
+
+    @property
+    def isa(self) -> str:
+        """Suffix of the kernel names that may use everything this machine has."""
+        return self.arch
+
+    @property
+    def host(self) -> Machine:
+        """What the code that launches kernels is compiled for."""
+        return TARGETS[_HOST]
+
+
+_ARCHITECTURES = {  # shared memory in KiB, multiprocessors, GHz, GB/s
+    "sm_80": (163, 108, 1.41, 2039.0),  # A100
+    "sm_86": (99, 84, 1.74, 696.0),  # A40
+    "sm_89": (99, 142, 2.52, 864.0),  # L40S
+    "sm_90": (227, 132, 1.755, 3350.0),  # H100
+    "sm_100": (227, 148, 1.965, 8000.0),  # B200
+    "sm_120": (99, 170, 2.407, 1792.0),  # RTX 6000 of Blackwell
+}
+
+
+def _gpu(arch: str) -> Gpu:
+    shared, count, clock, bandwidth = _ARCHITECTURES[arch]
+    before = [a for a in _ARCHITECTURES if int(a[3:]) <= int(arch[3:])]
+    return Gpu(
+        f"cuda:{arch}",
+        tuple(before),
+        _HOST,
+        bits=1024,
+        registers=255,
+        l2=40 << 20,
+        arch=arch,
+        shared=shared << 10,
+        multiprocessors=count,
+        clock=clock,
+        bandwidth=bandwidth,
+    )
+
+
+_HOST = "x86-64-v3"  # the CPU beside a GPU
+GPUS: dict[str, Gpu] = {f"cuda:{arch}": _gpu(arch) for arch in _ARCHITECTURES}
+
+
 @lru_cache(maxsize=1)
 def host_features() -> frozenset[str]:
     """CPU feature flags of this host, as ``/proc/cpuinfo`` names them."""
@@ -119,17 +178,23 @@ def host() -> Machine:
     )
 
 
+def find(name: str) -> Machine | None:
+    """The target of this name, None if there is none."""
+    return TARGETS.get(name) or GPUS.get(name)
+
+
 def resolve(target: str) -> Machine:
     """The Machine for a target name; ``host`` is the best that this host can run."""
     if target == "host":
         return host()
-    if target not in TARGETS:
+    machine = find(target)
+    if machine is None:
         raise UsageError(
-            f"target '{target}': unknown, known are host, {', '.join(TARGETS)}. "
+            f"target '{target}': unknown, known are host, {', '.join([*TARGETS, *GPUS])}. "
             "Fix: name one of these",
             "DC2002",
         )
-    return TARGETS[target]
+    return machine
 
 
 def default_threads() -> int:

@@ -18,13 +18,16 @@ from tvm import tirx
 
 from . import aot, codegen, linker
 from .cache import Cache
+from .cuda import build, hostlib
 from .errors import TuningError, UnsupportedError
 from .frontend import accumulation, convert, gate, operators, recover
 from .generic import legalize
 from .lookup import Tuning
-from .machine import Machine
+from .machine import Gpu, Machine
 from .runtime import params
 from .runtime.params import Stream
+
+_DEVICE = aot.Memory(hostlib.copy, hostlib.read)
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Lowered:
     placed: list[convert.Placed]
     unscheduled: dict[str, str]  # functions that the generic schedule left alone, and why
     warnings: list[str]  # about the tuning logs
+    images: list[dict[str, Any]] = field(default_factory=list)  # of a GPU, once generated
 
 
 @dataclass
@@ -113,8 +117,9 @@ def lower(
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     requirements = [(r.condition, r.message) for r in imported.requirements]
     computed = [(c.symbol, c.bound) for c in imported.computed]
+    memory = _DEVICE if isinstance(machine, Gpu) else aot.HOST
     functions, program = aot.lower(
-        mod, bounds, constants.place, imported.streams, requirements, computed
+        mod, bounds, constants.place, imported.streams, requirements, computed, memory
     )
     left = {codegen.symbol(name, mod[name]): why for name, why in unscheduled.items()}
     units = _units(functions, imported.placed, machine)
@@ -158,7 +163,8 @@ def _units(
 ) -> list[codegen.Unit]:
     kernels = {p.symbol: p.choice for p in placed}
     entry = {name: functions.pop(name) for name in ("main", "plan")}
-    units = [codegen.entry_unit(entry, sorted(functions), machine)]
+    host = machine.host if isinstance(machine, Gpu) else machine
+    units = [codegen.entry_unit(entry, sorted(functions), host)]
     for symbol, func in sorted(functions.items()):
         if symbol in kernels:
             units.append(codegen.kernel_unit(symbol, kernels[symbol], machine))
@@ -174,9 +180,35 @@ def generate(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the shared library of each variant; arguments as for `codegen.objects`."""
+    """Writes the shared library of each variant; arguments as for `codegen.objects`.
+
+    The kernels of a GPU's variant go into a folder beside its library, of the library's name.
+    """
     with tempfile.TemporaryDirectory(dir=libraries[0].parent) as folder:
         units = [u for low in lowered for u in low.units]
         paths = codegen.objects(units, Path(folder), cache, processes, progress)
         for low, library in zip(lowered, libraries, strict=True):
-            linker.link([paths[u.key] for u in low.units], library)
+            mine = [paths[u.key] for u in low.units]
+            if isinstance(low.machine, Gpu):
+                mine = _unpacked(low, mine, library.with_suffix(""))
+            linker.link(mine, library)
+
+
+def _unpacked(low: Lowered, paths: list[Path], folder: Path) -> list[Path]:
+    """The object files to link; writes the kernels' code and notes it in `low.images`."""
+    folder.mkdir()
+    objects = paths[:1]
+    kernels: list[str] = []
+    for path in paths[1:]:
+        built = build.unpack(path.read_bytes())
+        objects.append(path.with_suffix(".host.o"))
+        objects[-1].write_bytes(built.host)
+        image: dict[str, Any] = {"kernels": list(built.kernels)}
+        for kind, code in (("cubin", built.cubin), ("ptx", built.ptx)):
+            file = folder / f"{built.kernels[0]}.{kind}"
+            file.write_bytes(code)
+            image[kind] = f"lib/{folder.name}/{file.name}"
+        low.images.append(image)
+        kernels += built.kernels
+    hostlib.build(kernels, paths[0].with_suffix(".launch.o"))
+    return [*objects, paths[0].with_suffix(".launch.o")]

@@ -69,7 +69,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     sandbox.start()  # while TVM is imported
     from . import pipeline, threadpool
     from .lookup import Tuning
-    from .machine import TARGETS
+    from .machine import resolve
     from .runtime import artifact
 
     say("read")
@@ -82,17 +82,22 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     for name, cpu in job["targets"].items():
         say("lower", target=name)
         tuning = Tuning(Path(logs) if logs else None, name, cpu)
-        lowered.append(pipeline.lower(front, TARGETS[name], constants, tuning))
+        lowered.append(pipeline.lower(front, resolve(name), constants, tuning))
     if job["require_tuned"]:
         pipeline.refuse_untuned(job["name"], lowered)
     (folder / "lib").mkdir()
     (folder / artifact.RUNTIME).parent.mkdir()
-    libraries = [folder / "lib" / f"{low.machine.name}.so" for low in lowered]
+    libraries = [folder / _library(low.machine) for low in lowered]
     _generate(lowered, libraries, job["cache"])
     say("write")
     constants.write(folder / "params.safetensors")
     threadpool.build(folder / artifact.RUNTIME)
     return _manifest(job, front, lowered)
+
+
+def _library(machine: Any) -> str:
+    """The library's name in the artifact."""
+    return f"lib/{machine.name.replace(':', '_')}.so"
 
 
 def _generate(lowered: list[Any], libraries: list[Path], folder: str | None) -> None:
@@ -129,7 +134,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             {
                 "target": low.machine.name,
                 "features": list(low.machine.features),
-                "library": f"lib/{low.machine.name}.so",
+                "library": _library(low.machine),
                 "params": "params.safetensors",
                 "kernels": pipeline.kernels(low),
                 "steps": [s.name for s in low.program.steps],
@@ -138,6 +143,8 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
                 "peak": low.program.peak,
             }
         )
+        if low.machine.name.startswith("cuda:"):
+            variants[-1]["images"] = low.images
     chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
     tables = [row for site in front.recovered.bags.values() for row in report(site)]
     nodes = [{**n, "kernel": chosen.get(n["site"])} for n in front.recovered.nodes]
@@ -163,9 +170,19 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             "logs": job["logs"]["name"],
             "warnings": [line for low in lowered for line in low.warnings],
         },
-        "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__},
-        "runtime": {"tvm_ffi": tvm_ffi.__version__},
+        "tools": {"tvm": tvm.__version__, "onnx": onnx.__version__, **_cuda("compiler", lowered)},
+        "runtime": {"tvm_ffi": tvm_ffi.__version__, **_cuda("toolkit", lowered)},
     }
+
+
+def _cuda(fact: str, lowered: list[Any]) -> dict[str, str]:
+    """What compiled the kernels of GPUs, or its version of CUDA, under "cuda"; {} without any."""
+    if not any(low.images for low in lowered):
+        return {}
+    from .cuda import toolchain
+
+    found = toolchain.find()
+    return {"cuda": found.toolkit if fact == "toolkit" else f"{found.kind} {found.version}"}
 
 
 def _symbols(graph: Any, program: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""CUDA: machine code for NVIDIA GPUs, made with or without one."""
