@@ -21,7 +21,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 
 from .. import codegen, registry
 from ..lookup import Tuning
-from ..machine import Machine
+from ..machine import Gpu, Machine
 from ..runtime.params import Stream
 from ..streams import Streams
 from ..workload import Workload
@@ -74,7 +74,7 @@ def to_relax(
     model = recovered.model
     placed: list[Placed] = []
     streams = Streams()
-    symbols = Symbols(ranges)
+    symbols = Symbols(ranges, isinstance(machine, Gpu))
 
     def select(work: Workload) -> registry.Choice:
         return registry.select(work, machine, tuning)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import relax, te, tirx
 
-from dccompile.generic import counted, suppression
+from dccompile.generic import counted, gpu_counted, gpu_suppression, suppression
 
 from .operator_tools import Converter, Node, constant, dtype_of
 from .symbolic import literal
@@ -30,7 +30,7 @@ class NonZero(Converter):
             x, shape = node.do(relax.op.reshape(x, relax.ShapeExpr([1]))), [1]
         bound = node.symbols.product(shape)
         count = node.symbols.new(f"{node.name or 'nonzero'}_count", bound)
-        func = counted.nonzero(shape, dtype_of(x), count)
+        func = _nonzero(node)(shape, dtype_of(x), count)
         types = [relax.TensorType([len(shape), count], "int64"), _COUNT]
         both = node.counted(func, "nonzero", [x], types, count, bound)
         return relax.TupleGetItem(both, 0)
@@ -50,7 +50,7 @@ class Compress(Converter):
         rest = node.symbols.simple(node.symbols.shape(x)[axis] - length)
         node.least([rest], 0, "elements beside those with a flag")
         count = node.symbols.new(f"{node.name or 'compress'}_count", length)
-        func = counted.nonzero([length], "bool", count)
+        func = _nonzero(node)([length], "bool", count)
         types = [relax.TensorType([1, count], "int64"), _COUNT]
         both = node.counted(func, "nonzero", [flags], types, count, length)
         found = node.do(relax.TupleGetItem(both, 0))
@@ -87,15 +87,24 @@ class NonMaxSuppression(Converter):
             raise node.wrong(f"its IoU threshold is {iou.reshape(-1)[0]}", "choose one of 0 to 1")
         bound = node.symbols.product([batches, classes, kept])
         count = node.symbols.new(f"{node.name or 'nms'}_count", bound)
-        func = suppression.suppression(
+        build = gpu_suppression.suppression if node.symbols.gpu else suppression.suppression
+        func = build(
             batches, classes, number, count, int(node.attr.get("center_point_box", 0)) == 1,
             given[0] is not None, given[1] is not None, given[2] is not None, node.where,
         )  # fmt: skip
         extra = [_flat(node, v) for v in given if v is not None]
-        scratch = [relax.TensorType(s, t) for s, t in suppression.scratch(number)]
+        if node.symbols.gpu:
+            own = gpu_suppression.scratch(batches, classes, number)
+        else:
+            own = suppression.scratch(number)
+        scratch = [relax.TensorType(s, t) for s, t in own]
         types = [relax.TensorType([count, 3], "int64"), *scratch, _COUNT]
         result = node.counted(func, "suppression", [boxes, scores, *extra], types, count, bound)
         return relax.TupleGetItem(result, 0)
+
+
+def _nonzero(node: Node) -> Any:
+    return gpu_counted.nonzero if node.symbols.gpu else counted.nonzero
 
 
 def _flat(node: Node, value: Any) -> Any:

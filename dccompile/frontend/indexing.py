@@ -15,6 +15,7 @@ from tvm.ir import StringImm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from dccompile.generic import gpu_checks, gpu_scatter
 from dccompile.generic.elementwise import broadcast, one
 
 from .operator_tools import Converter, Node, constant, dtype_of, shape_of
@@ -49,6 +50,11 @@ def checked_indices(node: Node, indices: Any, data: Any, axes: list[int]) -> Any
         f"DC2110: {node.where}: an index is outside {rows}; indices must be from -rows to rows - 1"
     )
     symbolic = any(not isinstance(e, int) for e in extents)
+    args = [indices, data] if symbolic else [indices]
+    if node.symbols.gpu:
+        sizes = (shape_of(data), dtype_of(data)) if symbolic else None
+        func = gpu_checks.indices(shape, kind, extents, sizes, message)
+        return node.call(func, "check_indices", args, relax.TensorType(shape, "int64"))
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("check_indices")
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "check_indices"})
@@ -71,7 +77,6 @@ def checked_indices(node: Node, indices: Any, data: Any, axes: list[int]) -> Any
                         out, value + tirx.Select(value < 0, extent, tirx.const(0, "int64")),
                         [i * count + k],
                     )  # fmt: skip
-    args = [indices, data] if symbolic else [indices]
     return node.call(builder.get(), "check_indices", args, relax.TensorType(shape, "int64"))
 
 
@@ -170,13 +175,24 @@ class ScatterElements(Converter):
     def convert(cls, node: Node) -> Any:
         axis = int(node.attr.get("axis", 0)) % len(shape_of(node.get(0)))
         args = _scatter(node, [axis])
+        if node.symbols.gpu:
+            x, at = args[0], args[1]
+            kind = dtype_of(x)
+            func = gpu_scatter.elements(shape_of(x), shape_of(at), axis, kind, _reduction(node))
+            return node.call(func, "scatter_elements", args, relax.TensorType(shape_of(x), kind))
         return relax.op.scatter_elements(*args, axis=axis, reduction=_reduction(node))
 
 
 class ScatterND(Converter):
     @classmethod
     def convert(cls, node: Node) -> Any:
-        return relax.op.scatter_nd(*_scatter(node, None), _reduction(node))
+        args = _scatter(node, None)
+        if node.symbols.gpu:
+            x, at = args[0], args[1]
+            kind = dtype_of(x)
+            func = gpu_scatter.slices(shape_of(x), shape_of(at), kind, _reduction(node))
+            return node.call(func, "scatter_nd", args, relax.TensorType(shape_of(x), kind))
+        return relax.op.scatter_nd(*args, _reduction(node))
 
 
 # Integer division
@@ -209,6 +225,10 @@ def divided(node: Node, kind: str) -> Any:
         f"DC2111: {node.where}: integer division by zero, or of the least {dtype} by -1; "
         "the result must be a number of its type"
     )
+    if node.symbols.gpu:
+        dims = (shape_of(a), shape_of(b), shape)
+        func = gpu_checks.division(*dims, dtype, kind == "quotient", rule, message)
+        return node.call(func, "checked_division", [a, b], relax.TensorType(shape, dtype))
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("checked_division")
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "checked_division"})

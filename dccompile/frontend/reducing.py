@@ -11,6 +11,7 @@ from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from dccompile.generic import gpu_counted, gpu_topk
 from dccompile.generic.elementwise import number
 from dccompile.generic.lanes import local
 from dccompile.generic.topk import top
@@ -258,7 +259,8 @@ class TopK(Converter):
         rows = node.do(relax.op.permute_dims(x, order)) if moved else x
         lead = [shape[a] for a in order[:-1]]
         kind = dtype_of(x)
-        func = top(lead, shape[axis], k, kind, largest)
+        build = gpu_topk.top if node.symbols.gpu else top
+        func = build(lead, shape[axis], k, kind, largest)
         types = [relax.TensorType([*lead, k], kind), relax.TensorType([*lead, k], "int64")]
         both = node.call(func, "topk", [rows], types)
         parts = [node.do(relax.TupleGetItem(both, i)) for i in range(2)]
@@ -282,6 +284,9 @@ class CumSum(Converter):
         exclusive = bool(node.attr.get("exclusive", 0))
         backward = bool(node.attr.get("reverse", 0))
         kind = dtype_of(x)
+        if node.symbols.gpu:
+            func = gpu_counted.cumulative(shape, axis, kind, exclusive, backward)
+            return node.call(func, "cumsum", [x], relax.TensorType(shape, kind))
         with IRBuilder() as builder, T.prim_func(s_tir=True):
             T.func_name("cumsum")
             T.func_attr({"tirx.noalias": True, "op_pattern": 8, "dcc.kernel": "cumsum"})

@@ -208,7 +208,7 @@ def _table(node: Node, x: Any, axis: Axis, mode: Mode) -> tuple[Any, Any]:
         found = f"mode {mode.kind}, {mode.coordinates}, of symbolic sizes"
         raise node.refuse(found, "fix the input shapes with --shape")
     weighted = mode.kind == "linear"
-    func = table(node.symbols.shape(x), dtype_of(x), axis, mode)
+    func = table(node.symbols.shape(x), dtype_of(x), axis, mode, node.symbols.gpu)
     shape = [wide(axis.new), 2 if weighted else 1]
     places = relax.TensorType(shape, "int32")
     if not weighted:

@@ -6,6 +6,7 @@ float32; `table` makes a function that computes those of symbolic sizes in the c
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from dccompile.generic.counted import attributes
+from dccompile.generic.gpu_ir import items
 from dccompile.generic.lanes import local, name
 
 from .symbols import Dim, wide
@@ -129,7 +131,7 @@ def _cubic(s: np.ndarray, a: np.float32) -> np.ndarray:
 # The same of symbolic sizes
 
 
-def table(shape: list[Dim], dtype: str, axis: Axis, mode: Mode) -> Any:
+def table(shape: list[Dim], dtype: str, axis: Axis, mode: Mode, gpu: bool = False) -> Any:
     """PrimFunc(x, places int32 (new, taps), weights float32 (new, 2) if linear).
 
     `shape` and `dtype` are of x, which only tells the sizes.
@@ -141,7 +143,8 @@ def table(shape: list[Dim], dtype: str, axis: Axis, mode: Mode) -> Any:
         T.arg("x", T.buffer(shape, dtype))
         places = T.arg("places", T.buffer([new, 2 if weighted else 1], "int32"))
         weights = T.arg("weights", T.buffer([new, 2], "float32")) if weighted else None
-        with T.sblock("root"), T.serial(tirx.const(0, "int64"), new) as i:
+        with ExitStack() as scope:
+            i = scope.enter_context(items(new)) if gpu else _serial(scope, new)
             at = name(_coordinate(i, old, new, axis.scale, mode))
             if weights is None:
                 T.buffer_store(places, _nearest(at, mode), [i, 0])
@@ -156,6 +159,11 @@ def table(shape: list[Dim], dtype: str, axis: Axis, mode: Mode) -> Any:
                     T.buffer_store(places, place, [i, k])
                     T.buffer_store(weights, tirx.Select(low >= last, half, weight), [i, k])
     return builder.get()
+
+
+def _serial(scope: ExitStack, extent: Any) -> Any:
+    scope.enter_context(T.sblock("root"))
+    return scope.enter_context(T.serial(tirx.const(0, "int64"), extent))
 
 
 def _real(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import relax
 
-from dccompile.generic import roi
+from dccompile.generic import gpu_roi, roi
 
 from .operator_tools import Converter, Node, dtype_of
 
@@ -50,7 +50,8 @@ class RoiAlign(Converter):
             node.opset >= 16 and mode == "half_pixel",
             node.text("mode", "avg") == "max",
         )
-        func = roi.roi_align(shape, boxes, kind, align, node.where)
+        build = gpu_roi.roi_align if node.symbols.gpu else roi.roi_align
+        func = build(shape, boxes, kind, align, node.where)
         out = relax.TensorType([boxes, align.height, align.width, shape[3]], kind)
         y = node.call(func, "roi_align", [x, rois, batch], out)
         return y if last else relax.op.permute_dims(y, _FIRST)

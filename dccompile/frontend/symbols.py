@@ -44,9 +44,15 @@ class Computed:
 
 
 class Symbols:
-    """The symbols of one model, their ranges, and the requirements collected on the way."""
+    """The symbols of one model, their ranges, and the requirements collected on the way.
 
-    def __init__(self, ranges: Mapping[str, tuple[int, int | None]] | None = None) -> None:
+    `gpu` tells that functions written by hand are for a GPU.
+    """
+
+    def __init__(
+        self, ranges: Mapping[str, tuple[int, int | None]] | None = None, gpu: bool = False
+    ) -> None:
+        self.gpu = gpu
         self.ranges = dict(ranges or {})
         self.analyzer = tvm.sym.Analyzer()
         self.bound: list[Any] = []

@@ -48,14 +48,14 @@ def nonzero(shape: list[Any], dtype: str, count: Any) -> Any:
             total, at = local(1, "int64"), local(1, "int64")
             T.buffer_store(total, i64(0), [0])
             with T.serial(i64(0), size(shape)) as i:
-                hit = _set(flat[i], dtype)
+                hit = is_set(flat[i], dtype)
                 T.buffer_store(total, total[0] + tirx.Select(hit, i64(1), i64(0)), [0])
             rows = T.Bind(total[0])
             T.buffer_store(found, rows, [0])
             T.buffer_store(at, i64(0), [0])
             with ExitStack() as loops:
                 index = [loops.enter_context(T.serial(i64(0), wide(d))) for d in shape]
-                with T.If(_set(x[tuple(index)], dtype)), T.Then():
+                with T.If(is_set(x[tuple(index)], dtype)), T.Then():
                     here = T.Bind(at[0])
                     for axis, i in enumerate(index):
                         T.buffer_store(out, i, [rows * axis + here])
@@ -63,7 +63,7 @@ def nonzero(shape: list[Any], dtype: str, count: Any) -> Any:
     return builder.get()
 
 
-def _set(value: Any, dtype: str) -> Any:
+def is_set(value: Any, dtype: str) -> Any:
     """Whether a value is not 0. TVM's comparison says of NaN that it is not unequal."""
     if dtype == "bool":
         return value

@@ -16,8 +16,9 @@ import tvm_ffi
 from tvm import ir, relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from ..machine import Machine
+from ..machine import Gpu, Machine
 from .elementwise import clamped, each, greater, highest, is_float, lowest, number, relu, smaller
+from .gpu import schedule_gpu
 from .schedule import schedule_generic
 
 
@@ -44,7 +45,10 @@ def fuse(mod: ir.IRModule, machine: Machine) -> tuple[ir.IRModule, dict[str, str
         mod = t.FuseOps()(mod)
         mod = t.FuseTIR()(mod)
         mod = t.DeadCodeElimination()(mod)
-        mod, report = schedule_generic(mod, machine)
+        if isinstance(machine, Gpu):
+            mod, report = schedule_gpu(mod, machine)
+        else:
+            mod, report = schedule_generic(mod, machine)
     return mod, report.left
 
 

@@ -27,7 +27,7 @@ from .elementwise import rounded
 from .lanes import local, name
 
 _BLOCK = 64  # channels whose sums stay in registers
-_SAMPLES = 1 << 20  # most samples of one bin that a call may ask for
+MOST_SAMPLES = 1 << 20  # most samples of one bin that a call may ask for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def roi_align(shape: list[Any], boxes: Any, dtype: str, align: Align, where: str
             pixels = T.decl_buffer((size(shape),), dtype, data=tirx.buffer_data(x))
             total = size([boxes, align.height, align.width, channels])
             out = T.decl_buffer((total,), dtype, data=tirx.buffer_data(y))
-            kit = _Kit(dtype, align, wide(rows), wide(columns), int(channels), pixels)
+            kit = Kit(dtype, align, wide(rows), wide(columns), int(channels), pixels)
             with T.serial(i64(0), wide(boxes)) as n:
                 batch = name(index[n])
                 fine = tirx.And(batch >= 0, batch < wide(batches))
@@ -92,7 +92,7 @@ def _slot(dtype: str, value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """A box along one axis: its start, the size of a bin, and samples per bin."""
 
     start: Any
@@ -110,7 +110,7 @@ class _Between:
     far: Any
 
 
-class _Kit:
+class Kit:
     def __init__(
         self, dtype: str, align: Align, rows: Any, columns: Any, channels: int, pixels: Any
     ) -> None:
@@ -128,7 +128,7 @@ class _Kit:
         """An integer as a number of the map's type."""
         return _slot(self.dtype, tirx.Cast(self.dtype, value))
 
-    def span(self, first: Any, last: Any, bins: int) -> _Span:
+    def span(self, first: Any, last: Any, bins: int) -> Span:
         align = self.align
         scale = self.number(align.scale)
         offset = self.number(0.5 if align.half_pixel else 0.0)
@@ -138,20 +138,20 @@ class _Kit:
             length = name(tirx.Select(length < self.number(1), self.number(1), length))
         step = name(length / self.number(bins))
         if align.samples:
-            return _Span(start, step, i64(align.samples))
+            return Span(start, step, i64(align.samples))
         wanted = name(tirx.ceil(step))
-        most = self.number(float(_SAMPLES + 1))
+        most = self.number(float(MOST_SAMPLES + 1))
         bounded = tirx.Select(wanted < most, wanted, most)
         some = tirx.Select(wanted > self.number(0), bounded, self.number(0))  # NaN: none
-        return _Span(start, step, name(tirx.Cast("int64", some)))
+        return Span(start, step, name(tirx.Cast("int64", some)))
 
-    def check(self, span: _Span, where: str) -> None:
+    def check(self, span: Span, where: str) -> None:
         if not self.align.samples:
-            most = math.isqrt(_SAMPLES)
+            most = math.isqrt(MOST_SAMPLES)
             text = f"DC2114: {where}: a box asks for more than {most} samples along a bin"
             _check(span.samples <= most, text)
 
-    def place(self, span: _Span, bin_: Any, sample: Any, extent: Any) -> tuple[Any, _Between]:
+    def place(self, span: Span, bin_: Any, sample: Any, extent: Any) -> tuple[Any, _Between]:
         """Whether a sample lies in the map, and between which pixels."""
         middle = self.real(sample) + self.number(0.5)
         inside = name(middle * span.size / self.real(span.samples))
@@ -169,7 +169,7 @@ class _Kit:
         return valid, _Between(low, high, name(self.number(1) - far), far)
 
     def bin(
-        self, base: Any, down: _Span, row: Any, across: _Span, column: Any, out: Any, at: Any
+        self, base: Any, down: Span, row: Any, across: Span, column: Any, out: Any, at: Any
     ) -> None:
         """All channels of one bin."""
         done = 0
@@ -185,7 +185,7 @@ class _Kit:
             self.block(base, down, row, across, column, out, at, i64(done), widths)
 
     def block(
-        self, base: Any, down: _Span, row: Any, across: _Span, column: Any, out: Any, at: Any,
+        self, base: Any, down: Span, row: Any, across: Span, column: Any, out: Any, at: Any,
         start: Any, widths: list[int],
     ) -> None:  # fmt: skip
         """Registers of `widths` channels from `start` on."""

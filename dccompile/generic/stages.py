@@ -185,9 +185,19 @@ def _stores(stmt: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def merge(nests: list[Nest], inner: dict[Any, list[Any]]) -> list[Nest]:
-    """Inlines cheap producers and gives reductions the elementwise work that follows them."""
-    for step in (_inline, _finish):
+def merge(
+    nests: list[Nest], inner: dict[Any, list[Any]], lazy: Callable[[Nest, Any], bool] | None = None
+) -> list[Nest]:
+    """Inlines cheap producers and gives reductions the elementwise work that follows them.
+
+    `lazy` tells of a nest and a buffer whether it computes only those of the buffer's elements that
+    it needs, each once: then producers are inlined whatever they cost.
+    """
+
+    def inline(nests: list[Nest], at: int, inner: dict[Any, list[Any]]) -> list[Nest] | None:
+        return _inline(nests, at, inner, lazy)
+
+    for step in (inline, _finish):
         at = 0
         while at < len(nests):
             new = step(nests, at, inner)
@@ -209,7 +219,12 @@ def _plain(out: Out, space: list[Iter]) -> bool:
     return all(it.size == 1 for it in left)
 
 
-def _inline(nests: list[Nest], at: int, inner: dict[Any, list[Any]]) -> list[Nest] | None:
+def _inline(
+    nests: list[Nest],
+    at: int,
+    inner: dict[Any, list[Any]],
+    lazy: Callable[[Nest, Any], bool] | None = None,
+) -> list[Nest] | None:
     """Without nest `at`, computed where its result is used; None if that does not pay."""
     nest = nests[at]
     if nest.over or len(nest.outs) != 1 or not any(nest.outs[0].buffer.same_as(b) for b in inner):
@@ -220,6 +235,8 @@ def _inline(nests: list[Nest], at: int, inner: dict[Any, list[Any]]) -> list[Nes
     users = [n for n in nests if n.reads(out.buffer)]
     times = sum(len(n.reads(out.buffer)) for n in users)
     costly = heavy(out.value)
+    if costly and lazy is not None and len(users) == 1:
+        costly = not lazy(users[0], out.buffer)
     if costly and (times > 1 or any(_size(n) != _size(nest) for n in users)):
         return None
     if len(walk(out.value)) * times > 400:

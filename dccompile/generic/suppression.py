@@ -60,7 +60,7 @@ def suppression(
                 T.add_to_parent(tirx.AssertStmt(fine, StringImm("ValueError"), [StringImm(text)]))
             top = T.Bind(limit[0]) if limit is not None else i64(0)
             with T.serial(i64(0), _wide(batches)) as n, T.serial(i64(0), _wide(classes)) as c:
-                heap = _Heap(scratch_[0], scratch_[1])
+                heap = Heap(scratch_[0], scratch_[1])
                 heap.fill(lambda i: b[n, c, i], _wide(boxes), least)
 
                 def pick(place: Any, kept: Any) -> Any:
@@ -87,7 +87,7 @@ def _wide(value: Any) -> Any:
     return i64(value) if isinstance(value, int) else value
 
 
-class _Heap:
+class Heap:
     """A heap of (score, place) as std::priority_queue makes it of a filled vector."""
 
     def __init__(self, scores: Any, places: Any) -> None:
@@ -157,7 +157,7 @@ class _Heap:
 
 
 def _select(
-    heap: _Heap, most: Any, pick: Callable[[Any, Any], Any], store: Callable[[Any], None]
+    heap: Heap, most: Any, pick: Callable[[Any, Any], Any], store: Callable[[Any], None]
 ) -> None:
     """Pops candidates until enough are kept; `pick` emits the test and keeps the box."""
     kept = local(1, "int32")

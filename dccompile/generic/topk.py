@@ -33,7 +33,7 @@ def top(lead: list[Any], n: Any, k: Any, dtype: str, largest: bool) -> Any:
             x = T.decl_buffer((rows * count,), dtype, data=tirx.buffer_data(source))
             best = T.decl_buffer((rows * most,), dtype, data=tirx.buffer_data(values))
             place = T.decl_buffer((rows * most,), "int64", data=tirx.buffer_data(places))
-            rank = _Rank(dtype, largest)
+            rank = Rank(dtype, largest)
             with T.serial(i64(0), i64(0) if isinstance(k, int) and k == 0 else rows) as r:
                 row = _Row(rank, best, place, T.Bind(r * most))
 
@@ -47,7 +47,7 @@ def top(lead: list[Any], n: Any, k: Any, dtype: str, largest: bool) -> Any:
     return builder.get()
 
 
-class _Rank:
+class Rank:
     """The order of values, and of pairs of a value and its place."""
 
     def __init__(self, dtype: str, largest: bool) -> None:
@@ -68,7 +68,7 @@ class _Rank:
 class _Row:
     """The pairs kept of one row."""
 
-    def __init__(self, rank: _Rank, values: Any, places: Any, base: Any) -> None:
+    def __init__(self, rank: Rank, values: Any, places: Any, base: Any) -> None:
         self.rank, self.values, self.places, self.base = rank, values, places, base
 
     def put(self, at: Any, value: Any, place: Any) -> None:
