@@ -51,6 +51,22 @@ KERNELS: tuple[str, ...] = (
     "x86.groupconv_f32f32f32_avx2",
     "x86.conv_f32f32f32_avx512",
     "x86.conv_f32f32f32_avx2",
+    "cuda.gemm_u8s8s32_dp4a",
+    "cuda.gemm_u8s8s32_mma",
+    "cuda.depthwise_u8s8s32_dp4a",
+    "cuda.depthwise_f32f32f32_simt",
+    "cuda.groupconv_u8s8s32_dp4a",
+    "cuda.groupconv_f32f32f32_simt",
+    "cuda.conv_u8s8s32_mma",
+    "cuda.gemm_f32f32f32_simt",
+    "cuda.gemm_f32f16f32_mma",
+    "cuda.gemm_f32s8f32_simt",
+    "cuda.conv_f32f32f32_simt",
+    "cuda.embedding_bag_f32f32_warp",
+    "cuda.embedding_bag_f16f32_warp",
+    "cuda.embedding_bag_u8f32_warp",
+    "cuda.embedding_bag_u4f32_warp",
+    "cuda.interaction_f32f32f32_simt",
 )
 
 

@@ -10,8 +10,23 @@ TARGETS = {m.isa: m for m in machine.TARGETS.values()}
 
 
 def listed(part):
-    """Names of the list that have `part` in them."""
-    return [n for n in (k.rpartition(".")[2] for k in schedules.KERNELS) if part in n]
+    """Names of the CPU kernels of the list that have `part` in them."""
+    return _listed(part, False)
+
+
+def listed_cuda(part):
+    """Names of the CUDA kernels of the list that have `part` in them."""
+    return _listed(part, True)
+
+
+def _listed(part, cuda):
+    entries = [k for k in schedules.KERNELS if k.startswith("cuda.") == cuda]
+    return [n for n in (k.rpartition(".")[2] for k in entries) if part in n]
+
+
+def load_cuda(name):
+    """The CUDA kernel of this name: the emulator runs it anywhere."""
+    return next(k for k in schedules.load() if k.name == name)
 
 
 def marked(names):

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import tvm
 from embedding import agree, interact, kinds
+from kernels import listed
 from onnx import helper, numpy_helper
 
 from dccompile import registry
@@ -131,7 +132,7 @@ def test_without_one_tensor_of_rows():
 
 # -- kernels -------------------------------------------------------------------------------------
 
-KERNELS = [k for k in registry.kernels() if k.op == "interaction"]
+KERNELS = [k for k in registry.kernels() if k.name in listed("interaction")]
 SHAPES = {
     "model:dlrm": Interaction(27, 64),
     "two vectors": Interaction(2, 16),
