@@ -465,6 +465,49 @@ def test_a_manifest_that_lies(tmp_path: Path, lie: str) -> None:
     refused(path)
 
 
+IMAGE = {"cubin": "extra", "ptx": "extra", "kernels": ["k1", "k2"]}
+GPU = {"target": "cuda:sm_80", "features": [], "library": LIBRARY, "params": None}
+
+GPU_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no images": lambda v: v.pop("images"),
+    "images of a CPU": _set("target", "x86-64-v4"),
+    "images no list": _set("images", "extra"),
+    "image no object": _set("images", 0, "extra"),
+    "cubin absent": _set("images", 0, "cubin", "other"),
+    "cubin no text": _set("images", 0, "cubin", ["extra"]),
+    "ptx absent": _set("images", 0, "ptx", None),
+    "no kernels": _set("images", 0, "kernels", []),
+    "kernels no list": _set("images", 0, "kernels", "k1"),
+    "kernel no text": _set("images", 0, "kernels", [1]),
+    "kernel with a strange name": _set("images", 0, "kernels", ["k 1"]),
+    "kernel twice": _set("images", 0, "kernels", ["k1", "k1"]),
+    "kernel in two images": lambda v: v["images"].append(IMAGE),
+}
+
+
+@pytest.mark.parametrize("lie", [None, *GPU_LIES])
+def test_a_manifest_that_lies_about_a_gpu(tmp_path: Path, lie: str | None) -> None:
+    path = tmp_path / "gpu.dcm"
+    manifest = copy.deepcopy(MANIFEST)
+    row = {**GPU, "images": [copy.deepcopy(IMAGE)]}
+    manifest["variants"].append(row)
+    manifest["runtime"]["cuda"] = "13.0"
+    if lie is not None:
+        GPU_LIES[lie](row)
+    write_raw(path, {**plain(), "extra": b"extra"}, manifest)
+    if lie is None:
+        assert accepted(path)
+    else:
+        refused(path)
+
+
+@pytest.mark.parametrize("version", [13, "13", "13.0.1", "V13.0", ""])
+def test_a_version_of_cuda_that_is_none(tmp_path: Path, version: Any) -> None:
+    manifest = {**MANIFEST, "runtime": {**MANIFEST["runtime"], "cuda": version}}
+    write_raw(tmp_path / "v.dcm", plain(), manifest)
+    assert "CUDA" in refused(tmp_path / "v.dcm")
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1e999}', b"9" * 5000],

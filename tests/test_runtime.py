@@ -687,8 +687,12 @@ def test_wrong_threads(artifacts: Paths, option: Any) -> None:
 
 
 def test_wrong_device(artifacts: Paths) -> None:
-    with pytest.raises(dc.Error, match="use device='cpu'"):
+    for device in ("gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", None, 0):
+        with pytest.raises(dc.Error, match="allowed are cpu, cuda and cuda:<number>"):
+            runtime.load(artifacts["affine"], device=device)
+    with pytest.raises(dc.IncompatibleError, match="no variant for a GPU") as caught:
         runtime.load(artifacts["affine"], device="cuda:0")
+    assert caught.value.code == "DC4027" and "use device='cpu'" in str(caught.value)
 
 
 def test_code_in_anonymous_memory_may_be_forbidden(

@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -142,13 +143,18 @@ def load_pool(image: memoryview, where: str) -> None:
                 ) from None
 
 
-def load_library(image: memoryview, name: str, where: str) -> Any:
-    """The tvm_ffi module in a shared library held in memory, apart from every other module."""
+def load_library(
+    image: memoryview, name: str, where: str, exports: dict[str, int] | None = None
+) -> Any:
+    """The tvm_ffi module in a shared library held in memory, apart from every other module.
+
+    `exports` receives the addresses of its C functions for CUDA.
+    """
     load = import_tvm_ffi().get_global_func("ffi.Module.load_from_file.so")
 
     def attached(path: str) -> Any:
         module = load(path, "so")
-        _attach(path)
+        _attach(path, exports)
         return module
 
     try:
@@ -168,7 +174,10 @@ _CALLS = {
 }
 
 
-def _attach(path: str) -> None:
+EXPORTS = ("dcc_cuda_attach", "dcc_cuda_stream", "dcc_cuda_status")
+
+
+def _attach(path: str, exports: dict[str, int] | None) -> None:
     """Points the calls that a loaded library makes into the runtime at ours."""
     import _ctypes
 
@@ -180,6 +189,9 @@ def _attach(path: str) -> None:
             except ValueError:
                 continue  # it makes no such call
             place.value = ctypes.cast(getattr(_pool, function), ctypes.c_void_p).value
+        if exports is not None:
+            for name in filter(partial(hasattr, library), EXPORTS):
+                exports[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
     finally:
         _ctypes.dlclose(library._handle)
 

@@ -13,6 +13,7 @@ from ..errors import IncompatibleError, UsageError
 from ..machine import default_threads, missing_features
 from . import artifact as dcm
 from . import ffi
+from .driver import gpu_number
 from .ffi import import_tvm_ffi
 from .module import Bound, Module
 from .outputs import Outputs
@@ -30,7 +31,11 @@ def load(
     target: str | None = None,
     huge_pages: bool = False,
 ) -> Module:
-    """Loads an artifact, in its best variant for this CPU or in the one named `target`.
+    """Loads an artifact, in its best variant for the `device` or in the one named `target`.
+
+    `device` is cpu, cuda or ``cuda:<number>``: a GPU of those that CUDA_VISIBLE_DEVICES leaves.
+    There the weights are copied to its memory, once for all modules of the same file, and calls
+    are as `CudaModule` says; `huge_pages` and what follows on threads are about the CPU.
 
     `threads` is how many cores one call may use (default: DCCOMPILE_NUM_THREADS,
     OMP_NUM_THREADS, the affinity mask and cgroup quota). The process has one set of worker
@@ -51,13 +56,12 @@ def load(
         raise UsageError(
             f"threads={threads!r}: not a number of threads. Fix: give 1 to {_MAX_THREADS}", "DC2021"
         )
-    if device != "cpu":
-        raise UsageError(
-            f"device={device!r}: this version runs on the CPU only. Fix: use device='cpu'", "DC2022"
-        )
+    index = gpu_number(device)
     with dcm.read(path) as file:
-        variant = _choose(file, target)
         where = f"'{file.path}'"
+        if index is not None:
+            return _load_on_gpu(file, target, index, threads)
+        variant = _choose(file, target)
         _check_ffi(file, where)
         file.verify()
         data = aligned((0,), uint8)
@@ -83,6 +87,17 @@ def load(
         return Module(file.manifest, variant["target"], library, data, threads)
 
 
+def _load_on_gpu(file: dcm.Artifact, target: str | None, index: int, threads: int) -> Module:
+    from . import cuda_variant
+
+    chosen = cuda_variant.choose(file, target, index)
+    where = f"'{file.path}'"
+    _check_ffi(file, where)
+    file.verify()
+    ffi.load_pool(file.code(dcm.RUNTIME), where)
+    return cuda_variant.load(file, chosen, threads)
+
+
 def _on_huge_pages(data: np.ndarray) -> np.ndarray:
     """A copy in memory that asks for huge pages; page-aligned, as mmap gives it."""
     memory = mmap.mmap(-1, max(1, data.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -95,11 +110,23 @@ def _on_huge_pages(data: np.ndarray) -> np.ndarray:
 
 def _choose(file: dcm.Artifact, target: str | None) -> dict[str, Any]:
     """The first variant that this CPU can run: the manifest has the best one first."""
-    variants = file.manifest["variants"]
+    rows = file.manifest["variants"]
+    variants = [row for row in rows if "images" not in row]
+    has = ", ".join(row["target"] for row in rows)
+    if not variants:
+        raise IncompatibleError(
+            f"'{file.path}': no variant for the CPU, it has {has}. Fix: "
+            "load(device='cuda'), or compile the model with --target x86-64-v3 too",
+            "DC4028",
+        )
     if target is not None:
+        if any(row["target"] == target for row in rows if "images" in row):
+            raise IncompatibleError(
+                f"'{file.path}': variant {target!r} is for a GPU. Fix: load(device='cuda')",
+                "DC4007",
+            )
         variants = [row for row in variants if row["target"] == target]
         if not variants:
-            has = ", ".join(row["target"] for row in file.manifest["variants"])
             raise IncompatibleError(
                 f"'{file.path}': no variant {target!r}, it has {has}. Fix: name one of these",
                 "DC4007",

@@ -12,6 +12,9 @@ DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "float32", "float64",
 )  # fmt: skip
+GPU = "cuda:"  # the targets of variants with images of GPU code begin so
+NAME = re.compile("[A-Za-z_$][A-Za-z0-9_$]{0,1023}", re.ASCII)
+VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})", re.ASCII)
 _MAX_RANK = 32
 _MAX_DIM = 1 << 48
 
@@ -86,7 +89,20 @@ def check_manifest(manifest: Any, error: Callable[[str], Exception]) -> None:
             value = row.get(key)
             given = isinstance(value, str) and value in entries
             need(given or (key == "params" and value is None), f"the {key} {what}")
+        need(row["target"].startswith(GPU) == ("images" in row), f"whether there are images {what}")
+        kernels: set[str] = set()
+        for image in listed(row, "images") if "images" in row else []:
+            for key in ("cubin", "ptx"):
+                value = image.get(key) if isinstance(image, dict) else None
+                need(isinstance(value, str) and value in entries, f"the {key} of an image {what}")
+            names = listed(image, "kernels")
+            good = bool(names) and all(isinstance(n, str) and NAME.fullmatch(n) for n in names)
+            need(good and len(set(names)) == len(names), f"the kernels of an image {what}")
+            need(kernels.isdisjoint(names), f"two images with the same kernel {what}")
+            kernels.update(names)
     runtime = manifest.get("runtime")
     need(isinstance(runtime, dict), "'runtime' is no object")
     need(isinstance(runtime.get("tvm_ffi"), str), "'runtime' names no tvm_ffi")
+    made = runtime.get("cuda", "0.0")
+    need(isinstance(made, str) and bool(VERSION.fullmatch(made)), "the version of CUDA")
     need(RUNTIME in entries, f"no entry {RUNTIME}")

@@ -8,7 +8,8 @@ beyond 1 GiB is allocated for its call alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,6 +74,8 @@ class _Scratch(threading.local):
 
 class Module:
     """A loaded model: ``m(x)``, ``m(x=x)`` or ``m({"x": x})`` gives its `Outputs`."""
+
+    device = "cpu"
 
     def __init__(
         self,
@@ -165,6 +168,16 @@ class Module:
         Outputs without a buffer get a new array. ``bind({...}, {...})`` is for names that are
         both an input's and an output's.
         """
+        args, given = self._buffers(feeds, out, buffers)
+        call = self._prepare(args, given, keep=True)
+        return (Bound if call.sizes is None else _SizedBound)(self, call)
+
+    # The general way, which every check and every kind of tensor takes
+
+    def _buffers(
+        self, feeds: Any, out: Any, buffers: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of `bind` as inputs in their order and outputs by name."""
         feeds, out = dict(feeds or {}), dict(out or {})
         results = {spec.name for spec in self.outputs}
         for name, value in buffers.items():
@@ -172,10 +185,7 @@ class Module:
             if name in side or (name in self._names and name in results):
                 raise InputError(f"'{name}' is not one buffer; use bind(inputs, outputs)", "DC2101")
             side[name] = value
-        call = self._prepare(self._arrange((feeds,), {}), out, keep=True)
-        return (Bound if call.sizes is None else _SizedBound)(self, call)
-
-    # The general way, which every check and every kind of tensor takes
+        return self._arrange((feeds,), {}), out
 
     def _arrange(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """The inputs in their order, however they were given."""
@@ -215,19 +225,22 @@ class Module:
             raise InputError(f"no output is called {name!r}; the outputs are {wanted}", "DC2101")
         return index
 
-    def _prepare(self, args: tuple[Any, ...], out: Mapping[str, Any] | None, keep: bool) -> _Call:
-        """What a call needs; `keep` gives buffers that are its own, instead of the thread's."""
-        admitted = [
-            admit("input", spec.name, spec, dtype, x)
-            for spec, dtype, x in zip(self.inputs, self._dtypes, args, strict=True)
-        ]
-        shapes = tuple(x.shape for x in admitted)
+    def _planned(self, shapes: tuple[tuple[int, ...], ...]) -> Plan:
         plan = self._shapes.get(shapes)
         if plan is None:
             plan = self._signature.plan(shapes)
             if len(self._shapes) >= _MAX_SHAPES:
                 self._shapes.clear()
             self._shapes[shapes] = plan
+        return plan
+
+    def _prepare(self, args: tuple[Any, ...], out: Mapping[str, Any] | None, keep: bool) -> _Call:
+        """What a call needs; `keep` gives buffers that are its own, instead of the thread's."""
+        admitted = [
+            admit("input", spec.name, spec, dtype, x)
+            for spec, dtype, x in zip(self.inputs, self._dtypes, args, strict=True)
+        ]
+        plan = self._planned(tuple(x.shape for x in admitted))
         scratch = _Scratch() if keep else self._scratch
         before = []
         handles = []
@@ -296,8 +309,7 @@ class Module:
             )
 
     def _general(self, args: tuple[Any, ...], out: Mapping[str, Any] | None) -> Outputs:
-        if out is not None and not isinstance(out, Mapping):
-            raise InputError("out: expected a dict from output names to buffers", "DC2101")
+        check_out(out)
         call = self._prepare(args, out, keep=False)
         if ffi.local.threads != self.threads:
             ffi.configure_threads(self.threads)
@@ -321,6 +333,11 @@ class Module:
         return self._class(results)
 
 
+def check_out(out: Any) -> None:
+    if out is not None and not isinstance(out, Mapping):
+        raise InputError("out: expected a dict from output names to buffers", "DC2101")
+
+
 @dataclass
 class _Call:
     """Arguments of `main`, the outputs, copies to make before and after.
@@ -334,6 +351,23 @@ class _Call:
     before: list[Any]
     after: list[Any]
     sizes: np.ndarray | None
+
+
+@contextmanager
+def only_one(busy: threading.Lock) -> Iterator[None]:
+    """Holds the lock of a bound call; raises UsageError where another thread does."""
+    if not busy.acquire(False):
+        raise _busy_elsewhere()
+    try:
+        yield
+    finally:
+        busy.release()
+
+
+def _busy_elsewhere() -> UsageError:
+    return UsageError(
+        "a bound call is running in another thread. Fix: bind once for every thread", "DC2023"
+    )
 
 
 class Bound:
@@ -353,10 +387,7 @@ class Bound:
     def __call__(self) -> Outputs:
         """Runs the model on what the input buffers hold now; returns the output buffers."""
         if not self._busy.acquire(False):
-            raise UsageError(
-                "a bound call is running in another thread. Fix: bind once for every thread",
-                "DC2023",
-            )
+            raise _busy_elsewhere()
         try:
             if ffi.local.threads != self._threads:
                 ffi.configure_threads(self._threads)

@@ -13,6 +13,7 @@ from ..errors import InputError
 from .ffi import import_tvm_ffi
 
 ALIGN = 64
+_HOST = (1, 3)  # DLPack's devices with memory that the CPU reads: its own, and page-locked
 Shape = tuple[int, ...]
 ndarray = np.ndarray
 empty = np.empty
@@ -122,12 +123,12 @@ def admit(what: str, name: str, spec: TensorSpec, dtype: np.dtype, value: Any) -
     if value is None or isinstance(value, (str, bytes)):
         fix = "give an array"
     raise InputError(
-        f"{what} '{name}': expected {spec}, got {_type(value)}, which is no array; {fix}",
+        f"{what} '{name}': expected {spec}, got {type_name(value)}, which is no array; {fix}",
         "DC2102",
     )
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -157,7 +158,7 @@ def _numpy(what: str, name: str, spec: TensorSpec, dtype: np.dtype, array: np.nd
 
 
 def _dlpack(what: str, name: str, spec: TensorSpec, dtype: np.dtype, value: Any) -> Foreign:
-    if _is_torch(value) and (value.requires_grad or value.is_neg()):
+    if is_torch(value) and (value.requires_grad or value.is_neg()):
         # lent all the same by torch's fast path, with the sign of a lazily negated one lost
         fix = "detach" if value.requires_grad else "resolve_neg"
         raise InputError(
@@ -165,7 +166,7 @@ def _dlpack(what: str, name: str, spec: TensorSpec, dtype: np.dtype, value: Any)
         )
     try:
         kind, index = value.__dlpack_device__()
-        if int(kind) == 1:
+        if int(kind) in _HOST:
             handle = import_tvm_ffi().from_dlpack(value)
             got = str(handle.dtype)
             shape = handle.shape
@@ -174,13 +175,13 @@ def _dlpack(what: str, name: str, spec: TensorSpec, dtype: np.dtype, value: Any)
     except Exception as error:  # whatever a foreign class raises is this input's fault
         reason = " ".join((str(error).strip().splitlines() or [""])[0].split())[:200]
         raise InputError(
-            f"{what} '{name}': expected {spec}, but {_type(value)} cannot be lent through DLPack: "
-            f"{type(error).__name__}: {reason}; give a plain CPU tensor",
+            f"{what} '{name}': expected {spec}, but {type_name(value)} cannot be lent through "
+            f"DLPack: {type(error).__name__}: {reason}; give a plain CPU tensor",
             "DC2107",
         ) from None
-    if int(kind) != 1:
+    if int(kind) not in _HOST:
         raise InputError(
-            f"{what} '{name}': expected {spec} on the CPU, got {_type(value)} on DLPack device "
+            f"{what} '{name}': expected {spec} on the CPU, got {type_name(value)} on DLPack device "
             f"({int(kind)}, {index}); move it to the CPU first",
             "DC2106",
         )
@@ -196,18 +197,18 @@ def _dlpack(what: str, name: str, spec: TensorSpec, dtype: np.dtype, value: Any)
             "that is not contiguous; make it contiguous first",
             "DC2105",
         )
-    if what == "output" and not _is_torch(value):
+    if what == "output" and not is_torch(value):
         raise InputError(
-            f"output '{name}': {_type(value)} cannot be written to; "
+            f"output '{name}': {type_name(value)} cannot be written to; "
             "give a numpy array or a torch tensor",
             "DC2109",
         )
-    if not prod(shape):
+    if not prod(shape) or int(kind) != 1:
         handle = import_tvm_ffi().from_dlpack(lend(value, address, shape, dtype))
     return Foreign(value, address, shape, dtype, handle)
 
 
-def _is_torch(value: Any) -> bool:
+def is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -216,7 +217,7 @@ def exporter(value: Any) -> Any:
     """How to make an output the same kind of object as `value`; None where that is numpy."""
     if isinstance(value, np.ndarray):
         return None
-    if _is_torch(value):
+    if is_torch(value):
         return sys.modules["torch"].from_dlpack
     namespace = getattr(value, "__array_namespace__", None)
     if namespace is not None:
