@@ -14,6 +14,18 @@ import pytest
 from dccompile import cache
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """``pytest -m cuda`` runs the tests of single kernels on this machine's GPU.
+
+    Those of whole models choose where they run by their fixture `machine`.
+    """
+    emulate = getattr(getattr(item, "module", None), "emulate", None)
+    single = item.path.name.startswith("test_cuda_") and "machine" not in item.fixturenames
+    if emulate is not None and single and item.config.option.markexpr == "cuda":
+        emulate.on_gpu = True
+        item.add_marker(pytest.mark.cuda)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled functions go to a folder of this run, unless the environment names one."""

@@ -15,6 +15,7 @@ LAYERS = (
     {"threadpool", "schedules", "records"},
     {"lookup"},
     {"registry", "generic", "models"},
+    {"cuda"},
     {"codegen"},
     {"frontend", "arena"},
     {"aot"},
@@ -45,7 +46,7 @@ def imported(path: Path, package: tuple[str, ...]) -> set[str]:
     return found & set(LEVEL)
 
 
-PACKAGES = ("runtime", "generic", "frontend", "bench", "quantization", "tuning", "cli")
+PACKAGES = ("runtime", "generic", "cuda", "frontend", "bench", "quantization", "tuning", "cli")
 
 
 def modules() -> list[tuple[str, Path, tuple[str, ...]]]:

@@ -1,0 +1,86 @@
+"""Compiling for GPUs on a machine without one: code for the architectures named, and no source."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+pytest.importorskip("tvm", reason="the compiler extra is not installed")
+
+import dccompile as dc
+from dccompile import models, schedules
+from dccompile.cuda import toolchain
+from dccompile.errors import Error
+from dccompile.runtime import artifact
+
+ARCHS = ("sm_80", "sm_90")
+TARGETS = [f"cuda:{arch}" for arch in ARCHS]
+CUDA = {name.removeprefix("cuda.") for name in schedules.KERNELS if name.startswith("cuda.")}
+SMALL = [name for name, _ in models.names() if models.size(name) < models.LARGE]
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiler(monkeypatch):
+    """NVRTC where it is: 0.06 s a kernel, nvcc takes 0.5."""
+    monkeypatch.setenv(toolchain.VARIABLE, "nvrtc")
+    try:
+        toolchain.find()
+    except Error:
+        monkeypatch.delenv(toolchain.VARIABLE)
+    try:
+        toolchain.find()
+    except Error as error:
+        pytest.skip(str(error))
+
+
+def layer(rows="M", k=64, n=32):
+    """y = relu(x w)."""
+    w = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
+        for name, width in (("x", k), ("y", n))
+    ]
+    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [numpy_helper.from_array(w, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def architecture(cubin):
+    """The sm number that an ELF file of a GPU is for: the low byte of e_flags, or the next one."""
+    assert cubin[:4] == b"\x7fELF" and cubin[18:20] == (190).to_bytes(2, "little")  # EM_CUDA
+    flags = int.from_bytes(cubin[48:52], "little")
+    return {flags & 0xFF, flags >> 8 & 0xFF}
+
+
+def check_images(path, targets):
+    """Every variant's kernels are machine code and PTX for its architecture; nothing is source."""
+    with artifact.read(path) as file:
+        file.verify()
+        variants = {v["target"]: v for v in file.manifest["variants"]}
+        assert list(variants) == list(targets)
+        for target in targets:
+            variant = variants[target]
+            arch = target.partition(":")[2]
+            assert variant["images"] and not variant["unscheduled"]
+            for image in variant["images"]:
+                assert int(arch[3:]) in architecture(bytes(file.entry(image["cubin"])))
+                ptx = bytes(file.entry(image["ptx"])).decode()
+                assert f".target {arch}" in ptx
+                for kernel in image["kernels"]:
+                    assert re.search(rf"\.entry {kernel}\(", ptx)
+        names = list(file.manifest["entries"])
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".ll"))]
+    return variants
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_reference_model_compiles(name, tmp_path):
+    made = dc.compile(models.export(name), targets=TARGETS, name=name)
+    variants = check_images(made.save(tmp_path / "model.dcm"), TARGETS)
+    for variant in variants.values():
+        nodes = [n for n in made.manifest["nodes"] if n["kernel"]]
+        assert len(variant["kernels"]) >= len({n["site"] for n in nodes}) > 0
+        assert all(k["name"] in CUDA for k in variant["kernels"])
