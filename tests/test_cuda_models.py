@@ -16,9 +16,11 @@ import emulate
 import trained
 
 import dccompile as dc
-from dccompile import models
+from dccompile import models, registry
+from dccompile.machine import GPUS
 from dccompile.quantization.quantize import quantize
 from dccompile.runtime import device, driver
+from dccompile.workload import Gemm, GemmWeights
 
 TARGETS = ["cuda:sm_80", "x86-64-v3"]
 
@@ -112,3 +114,18 @@ def test_an_index_out_of_range_is_named_and_the_module_goes_on(machine, tmp_path
         cpu.run(None, bad)
     assert str(here.value) == str(there.value) and here.value.code == there.value.code
     np.testing.assert_allclose(gpu(good)[0], cpu(good)[0], rtol=1e-5)
+
+
+def test_a_kernel_alone(machine, monkeypatch):
+    """What ``pytest -m cuda`` does with the tests of single kernels."""
+    work = Gemm(5, 24, 48, "u8", "s8", "s32")
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (5, 48), np.uint8)
+    weights = GemmWeights(rng.integers(-128, 128, (48, 24), np.int8))
+    choice = registry.select(work, GPUS["cuda:sm_80"])
+    func = choice.kernel.build(choice.workload, choice.params, GPUS["cuda:sm_80"])
+    packed = choice.kernel.pack(choice.workload, weights, choice.params)
+    c = np.zeros((5, 24), np.int32)
+    monkeypatch.setattr(emulate, "on_gpu", True)
+    assert emulate.run(func.with_attr("dcc.kernel", choice.kernel.name), [a, packed, c]) is None
+    np.testing.assert_array_equal(c, a.astype(np.int32) @ weights.b.astype(np.int32))
