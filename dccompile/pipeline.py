@@ -48,6 +48,7 @@ class Lowered:
     placed: list[convert.Placed]
     unscheduled: dict[str, str]  # functions that the generic schedule left alone, and why
     warnings: list[str]  # about the tuning logs
+    pieces: list[list[int]]  # of params that a GPU needs: first bytes and sizes
     images: list[dict[str, Any]] = field(default_factory=list)  # of a GPU, once generated
 
 
@@ -85,6 +86,32 @@ class Constants:
                 file.write(chunk)
 
 
+class Pieces:
+    """The constants of one variant for a GPU, side by side as its device memory has them.
+
+    `runs` are first bytes and sizes in params of what is copied there, one behind the other.
+    """
+
+    def __init__(self, constants: Constants) -> None:
+        self.runs: list[list[int]] = []
+        self._constants = constants
+        self._offsets: dict[tuple[int, int], int] = {}
+        self._size = 0
+
+    def place(self, array: np.ndarray | Stream) -> int:
+        """Byte offset of the constant in device memory, a multiple of 64."""
+        begin = self._constants.place(array)
+        nbytes = -(-array.nbytes // params.ALIGN) * params.ALIGN
+        if (begin, nbytes) not in self._offsets:
+            self._offsets[begin, nbytes] = self._size
+            self._size += nbytes
+            if self.runs and sum(self.runs[-1]) == begin:
+                self.runs[-1][1] += nbytes
+            else:
+                self.runs.append([begin, nbytes])
+        return self._offsets[begin, nbytes]
+
+
 def front(
     model: str | bytes,
     shapes: dict[str, Any] | None,
@@ -117,14 +144,17 @@ def lower(
     bounds = {name: high for name, (_, high) in front.graph.symbols.items()}
     requirements = [(r.condition, r.message) for r in imported.requirements]
     computed = [(c.symbol, c.bound) for c in imported.computed]
-    memory = _DEVICE if isinstance(machine, Gpu) else aot.HOST
+    own = Pieces(constants)
+    place, memory = constants.place, aot.HOST
+    if isinstance(machine, Gpu):
+        place, memory = own.place, _DEVICE
     functions, program = aot.lower(
-        mod, bounds, constants.place, imported.streams, requirements, computed, memory
+        mod, bounds, place, imported.streams, requirements, computed, memory
     )
     left = {codegen.symbol(name, mod[name]): why for name, why in unscheduled.items()}
     units = _units(functions, imported.placed, machine)
     warnings = tuning.warnings if tuning else []
-    return Lowered(machine, units, program, imported.placed, left, warnings)
+    return Lowered(machine, units, program, imported.placed, left, warnings, own.runs)
 
 
 def kernels(low: Lowered) -> list[dict[str, Any]]:

@@ -144,7 +144,7 @@ def _manifest(job: dict[str, Any], front: Any, lowered: list[Any]) -> dict[str, 
             }
         )
         if low.machine.name.startswith("cuda:"):
-            variants[-1]["images"] = low.images
+            variants[-1] |= {"images": low.images, "pieces": low.pieces}
     chosen = {p.site.name: p.choice.kernel.name for p in lowered[0].placed}
     tables = [row for site in front.recovered.bags.values() for row in report(site)]
     nodes = [{**n, "kernel": chosen.get(n["site"])} for n in front.recovered.nodes]

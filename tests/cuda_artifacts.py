@@ -103,6 +103,7 @@ def make(
                 "library": f"{base}.so",
                 "params": "params.safetensors",
                 "images": [image],
+                "pieces": [[0, -(-weights.nbytes // 64) * 64]] if weights.nbytes else [],
             }
         )
     if cpu is not None:

@@ -466,7 +466,13 @@ def test_a_manifest_that_lies(tmp_path: Path, lie: str) -> None:
 
 
 IMAGE = {"cubin": "extra", "ptx": "extra", "kernels": ["k1", "k2"]}
-GPU = {"target": "cuda:sm_80", "features": [], "library": LIBRARY, "params": None}
+GPU = {
+    "target": "cuda:sm_80",
+    "features": [],
+    "library": LIBRARY,
+    "params": "extra",
+    "pieces": [[0, 64]],
+}
 
 GPU_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no images": lambda v: v.pop("images"),
@@ -482,6 +488,15 @@ GPU_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "kernel with a strange name": _set("images", 0, "kernels", ["k 1"]),
     "kernel twice": _set("images", 0, "kernels", ["k1", "k1"]),
     "kernel in two images": lambda v: v["images"].append(IMAGE),
+    "no pieces": lambda v: v.pop("pieces"),
+    "pieces no list": _set("pieces", "extra"),
+    "piece no pair": _set("pieces", 0, [0]),
+    "piece no number": _set("pieces", 0, ["0", 64]),
+    "piece before params": _set("pieces", 0, [-64, 64]),
+    "piece behind params": _set("pieces", 0, [64, 64]),
+    "piece off a boundary": _set("pieces", 0, [1, 64]),
+    "size off a boundary": _set("pieces", 0, [0, 5]),
+    "pieces of no params": _set("params", None),
 }
 
 
@@ -489,7 +504,7 @@ GPU_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_manifest_that_lies_about_a_gpu(tmp_path: Path, lie: str | None) -> None:
     path = tmp_path / "gpu.dcm"
     manifest = copy.deepcopy(MANIFEST)
-    row = {**GPU, "images": [copy.deepcopy(IMAGE)]}
+    row = {**copy.deepcopy(GPU), "images": [copy.deepcopy(IMAGE)]}
     manifest["variants"].append(row)
     manifest["runtime"]["cuda"] = "13.0"
     if lie is not None:

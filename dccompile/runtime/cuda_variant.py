@@ -70,11 +70,13 @@ def load(file: dcm.Artifact, choice: Choice, threads: int) -> CudaModule:
         (image[choice.kind], bytes(file.code(image[choice.kind])), image["kernels"])
         for image in row["images"]
     ]
-    data, key = np.zeros(0, np.uint8), ""
+    pieces: list[np.ndarray] = []
+    key = ""
     if row["params"] is not None:
         data = file.params(row["params"])
-        key = file.manifest["entries"][row["params"]]["sha256"]
-    params = gpu.params(key, data)
+        pieces = [data[begin : begin + nbytes] for begin, nbytes in row["pieces"]]
+        key = f"{file.manifest['entries'][row['params']]['sha256']} {row['pieces']}"
+    params = gpu.params(key, pieces)
     name = row["target"].replace(":", "_")
     code = cuda_code.load(gpu, file.code(row["library"]), images, name, where)
     return CudaModule(file.manifest, row["target"], code, params, threads)

@@ -12,13 +12,14 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import Error, IncompatibleError, UsageError
 from . import driver as cuda
+from .manifest import ALIGN
 from .resources import Block, Graph, Lent, Pinned, Stream
 
 _KEEP = 1 << 30  # bytes of returned blocks that a device keeps for later calls
@@ -201,14 +202,21 @@ class Device:
             result = self.driver.cuCtxSynchronize()
         self.check(result, "waiting for the device")
 
-    def params(self, key: str, data: np.ndarray) -> Block:
-        """The weights `data` uint8[n] in device memory: one copy for all that give the same key."""
+    def params(self, key: str, pieces: Sequence[np.ndarray]) -> Block:
+        """The weights in device memory: one copy for all that give the same key.
+
+        `pieces` uint8[n] lie there side by side, each on a 64-byte boundary.
+        """
         with self._upload:
             found = self._params.get(key)
             if found is None:
+                places = [0]
+                for piece in pieces:
+                    places.append(places[-1] + -(-piece.nbytes // ALIGN) * ALIGN)
                 with self:
-                    found = self.allocate(data.nbytes, "for the weights")
-                    self._copy(found.address, data)
+                    found = self.allocate(places[-1], "for the weights")
+                    for place, piece in zip(places, pieces, strict=False):
+                        self._copy(found.address + place, piece)
                 self._params[key] = found
             return found
 

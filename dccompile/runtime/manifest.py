@@ -15,6 +15,7 @@ DTYPES = (
 GPU = "cuda:"  # the targets of variants with images of GPU code begin so
 NAME = re.compile("[A-Za-z_$][A-Za-z0-9_$]{0,1023}", re.ASCII)
 VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})", re.ASCII)
+ALIGN = 64  # of constants in params
 _MAX_RANK = 32
 _MAX_DIM = 1 << 48
 
@@ -90,6 +91,11 @@ def check_manifest(manifest: Any, error: Callable[[str], Exception]) -> None:
             given = isinstance(value, str) and value in entries
             need(given or (key == "params" and value is None), f"the {key} {what}")
         need(row["target"].startswith(GPU) == ("images" in row), f"whether there are images {what}")
+        for piece in listed(row, "pieces") if "images" in row else []:
+            good = isinstance(piece, list) and len(piece) == 2 and all(map(natural, piece))
+            good = good and not piece[0] % ALIGN and not piece[1] % ALIGN
+            good = good and row["params"] is not None
+            need(good and piece[0] < entries[row["params"]]["size"], f"a piece of params {what}")
         kernels: set[str] = set()
         for image in listed(row, "images") if "images" in row else []:
             for key in ("cubin", "ptx"):
