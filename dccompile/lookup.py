@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from . import fingerprint
 from .errors import UsageError
 from .machine import Machine, cpu_type, resolve
-from .records import Entry, Log, Record, canonical, key, legal, packaged, split
+from .records import (
+    Entry,
+    Log,
+    Record,
+    canonical,
+    folder_name,
+    key,
+    legal,
+    packaged,
+    split,
+    target_name,
+)
 from .workload import Conv, EmbeddingBag, Gemm, Interaction, Workload, from_json
 
 if TYPE_CHECKING:
@@ -105,7 +116,7 @@ class Tuning:
     def _find(self, kernel: Kernel, work: Workload, machine: Machine) -> Found | None:
         assert self.folder is not None
         if kernel.name not in self._logs:
-            path = self.folder / self.target / f"{kernel.name}.jsonl"
+            path = self.folder / folder_name(self.target) / f"{kernel.name}.jsonl"
             self._logs[kernel.name] = _Usable(path, kernel, self.warnings)
         log = self._logs[kernel.name]
         for near in (log.exact, log.nearest):
@@ -167,7 +178,7 @@ class _Usable:
         try:
             self._log = Log.read(path)
         except OSError as error:
-            self._log = Log(path, path.stem, path.parent.name, "")
+            self._log = Log(path, path.stem, target_name(path.parent.name), "")
             fix = "make it a file that can be read"
             self.warn("unreadable", f"{error.strerror or error}. None of its records is used", fix)
         version, stale = fingerprint.schedule(kernel), 0

@@ -1,8 +1,8 @@
 """Tuning records: which parameters were the fastest for a workload on a machine.
 
-A folder of logs holds ``<target>/<kernel>.jsonl``, one winner a line, sorted, so that git shows
-what changed. `Log` reads one file, `update` rewrites one; `lookup.Tuning` chooses for the compiler.
-Lines that cannot be read are warnings there, and are kept.
+A folder of logs holds ``<target>/<kernel>.jsonl`` (of a GPU ``cuda_sm_90/``), one winner a line,
+sorted, so that git shows what changed. `Log` reads one file, `update` rewrites one; `lookup.Tuning`
+chooses for the compiler. Lines that cannot be read are warnings there, and are kept.
 """
 
 from __future__ import annotations
@@ -46,6 +46,16 @@ _SHAPES = {
 }
 
 
+def folder_name(target: str) -> str:
+    """What the folder of a target's logs is called: ``cuda_sm_90`` for ``cuda:sm_90``."""
+    return target.replace(":", "_")
+
+
+def target_name(folder: str) -> str:
+    """The inverse of `folder_name`."""
+    return folder.replace("_", ":", 1) if folder.startswith("cuda_") else folder
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys and without blanks."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -78,8 +88,8 @@ class Record:
     Times are microseconds a call: median, 20th and 80th percentile of the winner, and the median
     of the default; `gain` is the median ratio of the default's time to the winner's, measured in
     turns; `weights_mib` of weights in copies passed through the caches meanwhile. `tried` counts
-    configurations, `schedule` is `fingerprint.schedule`, `date` is ISO 8601,
-    `extra` keeps the fields that this version does not know.
+    configurations, `schedule` is `fingerprint.schedule`, `date` is ISO 8601, `cpu` the type of
+    CPU or GPU that measured, `extra` keeps the fields that this version does not know.
     """
 
     kernel: str
@@ -262,7 +272,7 @@ class Log:
             text = path.read_bytes().decode(errors="surrogateescape")
         except FileNotFoundError:
             text = ""
-        return cls(path, kernel or path.stem, target or path.parent.name, text)
+        return cls(path, kernel or path.stem, target or target_name(path.parent.name), text)
 
     def _each(self, text: str) -> Iterator[Entry]:
         for number, line in enumerate(text.split("\n"), 1):
@@ -328,7 +338,7 @@ def update(folder: Path, target: str, kernel: str, records: Iterable[Record]) ->
     The others stay, with fields and lines that this version does not know. The file appears whole
     or not at all. Raises TuningError where that cannot be done.
     """
-    path = folder / target / f"{kernel}.jsonl"
+    path = folder / folder_name(target) / f"{kernel}.jsonl"
     new = {r.identity: r for r in records}
 
     def changed(log: Log) -> list[Record]:

@@ -16,9 +16,8 @@ pytest.importorskip("tvm", reason="the compiler extra is not installed")
 import tvm
 
 from dccompile import outliers, reference, registry
-from dccompile.bench import gemm_cases
+from dccompile.bench import gemm_cases, problems
 from dccompile.machine import TARGETS, missing_features
-from dccompile.tuning import problems
 from dccompile.workload import INT8_LIMITS, NUMPY, Gemm, GemmWeights
 
 NAMES = listed("split")

@@ -21,9 +21,10 @@ import tvm
 import tvm_ffi
 
 from dccompile import registry
+from dccompile.bench import problems
 from dccompile.generic import legalize, stack
 from dccompile.machine import TARGETS, cpu_type, missing_features
-from dccompile.tuning import children, problems, race, server
+from dccompile.tuning import children, race, server
 from dccompile.tuning.turns import Turns
 from dccompile.workload import Conv, EmbeddingBag, Gemm, Interaction, Residual
 

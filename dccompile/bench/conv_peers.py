@@ -68,7 +68,7 @@ def prepare(
     return guarded(name, lambda: makers[name](workload, weights, a, threads, count))
 
 
-def _rank(workload: Conv) -> int:
+def rank_of(workload: Conv) -> int:
     """Spatial dims that the peers see."""
     return 2 if workload.size[0] == workload.kernel[0] == 1 else 3
 
@@ -76,23 +76,23 @@ def _rank(workload: Conv) -> int:
 def _first(workload: Conv, a: np.ndarray) -> np.ndarray:
     """(batch, d, h, w, channels) with channels first, as ONNX has it."""
     moved = np.moveaxis(a, 4, 1)
-    return np.ascontiguousarray(moved[:, :, 0] if _rank(workload) == 2 else moved)
+    return np.ascontiguousarray(moved[:, :, 0] if rank_of(workload) == 2 else moved)
 
 
 def _last(workload: Conv, c: np.ndarray) -> np.ndarray:
     """The opposite of `_first`."""
-    full = c[:, :, None] if _rank(workload) == 2 else c
+    full = c[:, :, None] if rank_of(workload) == 2 else c
     return np.ascontiguousarray(np.moveaxis(full, 1, 4))
 
 
-def _filters(workload: Conv, weights: ConvWeights) -> np.ndarray:
+def filters_of(workload: Conv, weights: ConvWeights) -> np.ndarray:
     """B as (filters, channels / groups, [kd,] kh, kw)."""
     b = np.moveaxis(weights.b, (4, 3), (0, 1))
-    return np.ascontiguousarray(b[:, :, 0] if _rank(workload) == 2 else b)
+    return np.ascontiguousarray(b[:, :, 0] if rank_of(workload) == 2 else b)
 
 
-def _attributes(workload: Conv) -> dict[str, Any]:
-    rank = _rank(workload)
+def attributes_of(workload: Conv) -> dict[str, Any]:
+    rank = rank_of(workload)
     pads = workload.pads[3 - rank :]
     return {
         "kernel_shape": workload.kernel[3 - rank :],
@@ -110,7 +110,7 @@ def _constants(workload: Conv, weights: ConvWeights) -> dict[str, np.ndarray]:
         "scale": np.array(_SCALE, np.float32),
         "a_zero": np.array(weights.a_zero, np.uint8),
         "y_zero": np.array(weights.zero_point, np.uint8),
-        "b": _filters(workload, weights),
+        "b": filters_of(workload, weights),
         "b_scale": weights.scale,
         "b_zero": np.zeros(workload.filters, np.int8),
         "bias": weights.bias,
@@ -119,14 +119,14 @@ def _constants(workload: Conv, weights: ConvWeights) -> dict[str, np.ndarray]:
 
 def _floats(workload: Conv, weights: ConvWeights) -> dict[str, np.ndarray]:
     assert weights.bias is not None
-    return {"b": _filters(workload, weights), "bias": weights.bias}
+    return {"b": filters_of(workload, weights), "bias": weights.bias}
 
 
 def _model(
     workload: Conv, constants: dict[str, np.ndarray], nodes: list[Any], x: np.ndarray, last: bool
 ) -> bytes:
     """A model from x to y_<n>, the output of the last of the nodes."""
-    dims = workload.outputs[3 - _rank(workload) :]
+    dims = workload.outputs[3 - rank_of(workload) :]
     y = [len(x), *dims, workload.filters] if last else [len(x), workload.filters, *dims]
     ends = ("x", workload.a, x.shape), (nodes[-1].output[0], workload.out, y)
     return onnx_model(nodes, constants, *ends)
@@ -141,7 +141,7 @@ def _chain(count: int) -> list[tuple[str, str]]:
 def _float_nodes(workload: Conv, count: int) -> list[Any]:
     from onnx import helper
 
-    attributes = _attributes(workload)
+    attributes = attributes_of(workload)
     return [helper.make_node("Conv", [x, "b", "bias"], [y], **attributes) for x, y in _chain(count)]
 
 
@@ -149,7 +149,7 @@ def _qlinear_nodes(workload: Conv, count: int, **more: Any) -> list[Any]:
     from onnx import helper
 
     constants = ["b", "b_scale", "b_zero", "scale", "y_zero", "bias"]
-    attributes = _attributes(workload) | more
+    attributes = attributes_of(workload) | more
     return [
         helper.make_node("QLinearConv", [x, "scale", "a_zero", *constants], [y], **attributes)
         for x, y in _chain(count)
@@ -173,7 +173,7 @@ def _onnxruntime(
 def _onnxruntime_nhwc(
     workload: Conv, weights: ConvWeights, a: np.ndarray, threads: int, count: int
 ) -> Prepared:
-    x = np.ascontiguousarray(a[:, 0] if _rank(workload) == 2 else a)
+    x = np.ascontiguousarray(a[:, 0] if rank_of(workload) == 2 else a)
     nodes = _qlinear_nodes(workload, count, domain="com.microsoft", channels_last=1)
     model = _model(workload, _constants(workload, weights), nodes, x, True)
     peer = PEERS["onnxruntime"].prepare(model, {"x": x}, threads)
@@ -207,7 +207,7 @@ def _openvino(
         fx, fy = f"f_{x_name}", f"f_{y_name}_sum"
         nodes += [
             helper.make_node("DequantizeLinear", [x_name, "scale", "a_zero"], [fx]),
-            helper.make_node("Conv", [fx, "fb", "fs"], [fy], **_attributes(workload)),
+            helper.make_node("Conv", [fx, "fb", "fs"], [fy], **attributes_of(workload)),
             helper.make_node("QuantizeLinear", [fy, "scale", "y_zero"], [y_name]),
         ]
     model = _model(workload, constants, nodes, x, False)
@@ -224,7 +224,7 @@ def _torch_input(workload: Conv, a: np.ndarray) -> Any:
     """A tensor with channels first in shape, last in memory."""
     import torch
 
-    x = torch.from_numpy(aligned(a[:, 0] if _rank(workload) == 2 else a))
+    x = torch.from_numpy(aligned(a[:, 0] if rank_of(workload) == 2 else a))
     return x.movedim(-1, 1)
 
 
@@ -236,7 +236,7 @@ def _torch_quantized(engine: str) -> Maker:
 
         quantized_engine(engine)
         assert weights.scale is not None and weights.bias is not None
-        rank, found = _rank(workload), _attributes(workload)
+        rank, found = rank_of(workload), attributes_of(workload)
         if found["pads"][:rank] != found["pads"][rank:]:
             raise PeerError("pads the same before and after only")
         ops = torch.ops.quantized
@@ -246,7 +246,7 @@ def _torch_quantized(engine: str) -> Maker:
         }[rank]
         scales = torch.from_numpy(weights.scale.astype(np.float64))
         zeros = torch.zeros(workload.filters, dtype=torch.int64)
-        filters = torch.from_numpy(_filters(workload, weights))
+        filters = torch.from_numpy(filters_of(workload, weights))
         quantized = torch._make_per_channel_quantized_tensor(filters, scales, zeros, 0)
         bias = torch.from_numpy((weights.bias * (weights.scale * _SCALE)).astype(np.float32))
         geometry = [list(found[key]) for key in ("strides", "pads", "dilations")]
@@ -269,9 +269,9 @@ def _torch_float(
 ) -> Prepared:
     import torch
 
-    rank, found = _rank(workload), _attributes(workload)
+    rank, found = rank_of(workload), attributes_of(workload)
     memory = torch.channels_last if rank == 2 else torch.channels_last_3d
-    b = torch.from_numpy(_filters(workload, weights)).contiguous(memory_format=memory)
+    b = torch.from_numpy(filters_of(workload, weights)).contiguous(memory_format=memory)
     assert weights.bias is not None
     bias, x = torch.from_numpy(weights.bias), _torch_input(workload, a)
     conv = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[rank]

@@ -25,14 +25,13 @@ import numpy as np
 
 from .. import reference, registry
 from ..console import Progress
-from ..errors import UsageError
 from ..kernel import Kernel
-from ..machine import TARGETS, Machine, host, missing_features
+from ..machine import Machine, host
 from ..runtime import ffi
 from ..workload import NUMPY, EmbeddingBag, EmbeddingTables
 from . import measure
 from .peers import PEERS, PeerError, compare
-from .suite import parameters
+from .suite import fitting, parameters, usable
 
 OURS, TORCH = "kernel", "torch"
 FORMS = ("u8", "u4", "f16", "f32")  # how rows are stored
@@ -85,15 +84,8 @@ def cases(pattern: str | None, target: Machine | None) -> list[Case]:
     for kernel in registry.kernels():
         if kernel.op != EmbeddingBag.op or not fnmatch.fnmatchcase(kernel.name, pattern):
             continue
-        fits = [m for m in TARGETS.values() if set(kernel.features) <= set(m.features)]
-        chosen = target if target in fits else fits[0]
-        missing = missing_features(chosen.features)
-        if missing:
-            raise UsageError(
-                f"--kernels: {kernel.name} needs {chosen.name}, this host lacks "
-                f"{', '.join(missing)}. Fix: name kernels that this host runs"
-            )
-        found.append(Case(kernel, chosen))
+        if usable(kernel, target):
+            found.append(Case(kernel, fitting(kernel, target)))
     return found
 
 

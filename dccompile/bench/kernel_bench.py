@@ -20,7 +20,7 @@ from .. import registry
 from ..console import Progress
 from ..errors import ScheduleError, UsageError
 from ..kernel import Kernel
-from ..machine import TARGETS, Machine, host, missing_features
+from ..machine import Machine, host
 from ..runtime import ffi
 from ..workload import NUMPY
 from . import measure
@@ -28,7 +28,7 @@ from .conv_cases import Convs
 from .gemm_cases import Gemms
 from .kernel_means import summary
 from .peers import PeerError, compare
-from .suite import RIVAL, Case, Form, Suite, parameters
+from .suite import RIVAL, Case, Form, Suite, fitting, parameters, usable
 
 OURS, CALL, PEAK = "kernel", "call", "peak"
 SUITES: tuple[Suite, ...] = (Gemms(), Convs())
@@ -41,7 +41,8 @@ def cases(pattern: str | None, target: Machine | None) -> list[Case]:
     would choose for these. Of a glob's kernels those for convolutions get the shapes for which
     the least machine that runs them would choose them.
     """
-    known = [(suite, k) for suite in SUITES for k in registry.kernels() if k.op == suite.op]
+    kernels = [k for k in registry.kernels() if usable(k, target)]
+    known = [(suite, k) for suite in SUITES for k in kernels if k.op == suite.op]
     if pattern is not None:
         found = [(s, k) for s, k in known if fnmatch.fnmatchcase(k.name, pattern)]
         if found:
@@ -64,14 +65,7 @@ def _of_family(suite: Suite, family: str, target: Machine | None) -> Iterator[Ca
 
 def _of_kernel(suite: Suite, kernel: Kernel, target: Machine | None) -> Iterator[Case]:
     """The forms that the kernel takes, on the least machine that runs it."""
-    fits = [m for m in TARGETS.values() if set(kernel.features) <= set(m.features)]
-    machine = target if target in fits else fits[0]
-    missing = missing_features(machine.features)
-    if missing:
-        raise UsageError(
-            f"--kernels: {kernel.name} needs {machine.name}, this host lacks {', '.join(missing)}. "
-            "Fix: name kernels that this host runs"
-        )
+    machine = fitting(kernel, target)
     for form in suite.forms_of(kernel):
         shortcut = form.b_bits == 7  # of interest only to the kernels that exist for it
         if shortcut and "s7" not in kernel.name:

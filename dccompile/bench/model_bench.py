@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,12 @@ def run(
     duration_s: float,
     warmup_s: float,
     progress: Progress,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Compiles unless given an artifact, then benches every batch and number of threads."""
+    """Compiles unless given an artifact, then benches every batch and number of threads.
+
+    On a `device` other than the CPU inputs and outputs are there, and its own clock counts.
+    """
     if source.kind == "dcm" and peers:
         source.onnx()  # raises: the peers need the model itself
     with tempfile.TemporaryDirectory(prefix="dccompile-") as folder:
@@ -56,7 +61,8 @@ def run(
         for batch in batches:
             for count in threads:
                 progress.step(f"bench {source.name}: batch {batch}, {count} threads")
-                rows.append(_bench(source, path, inputs, batch, count, peers, duration_s, warmup_s))
+                times = duration_s, warmup_s
+                rows.append(_bench(source, path, inputs, batch, count, peers, *times, device))
     return {"model": source.name, **compiled, "rows": rows}
 
 
@@ -104,27 +110,38 @@ def _bench(
     peers: Sequence[Peer],
     duration_s: float,
     warmup_s: float,
+    device: str,
 ) -> dict[str, Any]:
     from ..runtime.loader import load
 
-    module = load(path, threads=threads)
+    module = load(path, threads=threads, device=device)
     feeds = {name: aligned(a) for name, a in _feeds(source, module, inputs, batch).items()}
     first = [np.array(v) for v in module.run(None, feeds)]
-    bound = module.bind(feeds)
-    runners: dict[str, measure.Runner] = {OURS: bound, CALL: lambda: module(feeds)}
+    makers: dict[str, Callable[[], Prepared]]
+    if device == "cpu":
+        ours: measure.Runner = module.bind(feeds)
+        makers = {peer.name: partial(_prepare, peer, source, feeds, threads) for peer in peers}
+    else:
+        from ..runtime.device import named
+        from . import gpu_measure, gpu_models
+
+        ours = gpu_measure.bound_loop(module, [feeds])
+        makers = gpu_models.routes(peers, source, feeds, named(device))
+    runners: dict[str, measure.Runner] = {OURS: ours, CALL: lambda: module(feeds)}
     results: dict[str, dict[str, Any]] = {}
     prepared: dict[str, Prepared] = {}
-    for peer in peers:
+    for name, make in makers.items():
         try:
-            prepared[peer.name] = _prepare(peer, source, feeds, threads)
+            prepared[name] = make()
         except PeerError as error:
-            results[peer.name] = {"reason": str(error)}
+            results[name] = {"reason": str(error)}
     quantized = any(value.dtype.kind in "iu" for value in first) or is_quantized(path)
     for name, ready in prepared.items():
         ready.call()
         difference = difference_of(source, first, ready.outputs())
-        results[name] = {"difference": difference, "agrees": agrees(difference, quantized)}
-        runners[name] = ready.call
+        agreed = agrees(difference, quantized, ready.tolerance)
+        results[name] = {"difference": difference, "agrees": agreed, "same": ready.same}
+        runners[name] = ready.timed or ready.call
     times = measure.interleave(runners, duration_s, warmup_s, threads)
     for name in prepared:
         results[name].update(times[name].to_json())
@@ -139,7 +156,8 @@ def _bench(
         "call": times[CALL].to_json(),
         "peers": results,
         "best_ratio": min(ratios, default=None),
-        "agrees": not prepared or any(results[name]["agrees"] for name in prepared),
+        "agrees": all(not ready.same for ready in prepared.values())
+        or any(results[name]["agrees"] for name in prepared),
     }
 
 
@@ -184,17 +202,18 @@ def difference_of(
     return compare(ours, theirs)
 
 
-def agrees(difference: Mapping[str, Any], quantized: bool) -> bool:
+def agrees(difference: Mapping[str, Any], quantized: bool, tolerance: float | None = None) -> bool:
     """Whether two runtimes computed the same: integers within a step, floats within tolerance.
 
-    Floats of a quantized model: the largest difference, or the root mean square of all.
+    Floats of a quantized model: the largest difference, or the root mean square of all. A
+    `tolerance` of a peer's own may be wider.
     """
     if "shape" in difference:
         return False
     if difference.get("steps", 0) > 1:
         return False
-    tolerance = INT8_TOLERANCE if quantized else FLOAT_TOLERANCE
-    near = difference.get("relative", 0.0) <= tolerance
+    wide = max(tolerance or 0.0, INT8_TOLERANCE if quantized else FLOAT_TOLERANCE)
+    near = difference.get("relative", 0.0) <= wide
     return near or (quantized and difference.get("rms", np.inf) <= INT8_RMS_TOLERANCE)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..runtime import tensors
+from .measure import Loop
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -31,12 +32,17 @@ class PeerError(Exception):
 class Prepared:
     """A peer ready to run: `call` runs once, `outputs` returns copies of what the last run gave.
 
-    `keep` holds the memory that the peer only borrows.
+    `keep` holds the memory that the peer only borrows; `timed` is a loop that times calls, where
+    the clock is not the host's. `tolerance` is what floats may differ by, relative, where the peer
+    computes in fewer bits; not `same`: it runs another form of the model.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[], list[np.ndarray]]
     keep: Any = None
+    timed: Loop | None = None
+    tolerance: float | None = None
+    same: bool = True
 
 
 class Peer(ABC):

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .. import registry
+from ..errors import UsageError
 from ..kernel import Kernel
 from ..lookup import Tuning
-from ..machine import Machine, cpu_type
+from ..machine import TARGETS, Gpu, Machine, cpu_type, missing_features
 from .peers import Prepared
 
 Shape = tuple[int, ...]
@@ -106,14 +107,42 @@ class Suite(ABC):
         """The shape in a table."""
 
 
-def parameters(kernel: Kernel, work: Any, machine: Machine, logs: Path | None) -> registry.Choice:
-    """What the logs of a folder say about a workload on this host, else the default."""
-    return registry.choose(kernel, work, machine, _tuning(logs, machine.name))
+def parameters(
+    kernel: Kernel, work: Any, machine: Machine, logs: Path | None, cpu: str | None = None
+) -> registry.Choice:
+    """What the logs of a folder say about a workload on this host, else the default.
+
+    `cpu` is the type of processor that is in use, by default this CPU's.
+    """
+    return registry.choose(kernel, work, machine, _tuning(logs, machine.name, cpu or cpu_type()))
 
 
 @lru_cache(maxsize=8)
-def _tuning(logs: Path | None, target: str) -> Tuning:
-    return Tuning(logs, target, cpu_type())
+def _tuning(logs: Path | None, target: str, cpu: str) -> Tuning:
+    return Tuning(logs, target, cpu)
+
+
+def usable(kernel: Kernel, target: Machine | None) -> bool:
+    """Whether a bench may run a kernel: on the target if that is a GPU, else on some CPU."""
+    machines = [target] if isinstance(target, Gpu) else TARGETS.values()
+    return any(set(kernel.features) <= set(m.features) for m in machines)
+
+
+def fitting(kernel: Kernel, target: Machine | None) -> Machine:
+    """The target if it runs a usable kernel, else the least that does.
+
+    Raises UsageError where this host is none.
+    """
+    if isinstance(target, Gpu):
+        return target
+    fits = [m for m in TARGETS.values() if set(kernel.features) <= set(m.features)]
+    machine = target if target in fits else fits[0]
+    if missing := missing_features(machine.features):
+        raise UsageError(
+            f"--kernels: {kernel.name} needs {machine.name}, this host lacks {', '.join(missing)}. "
+            "Fix: name kernels that this host runs"
+        )
+    return machine
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from ..bench.peers import PEERS, parse
 from ..console import Progress, document, out, table
 from ..environment import environment
 from ..errors import Error, UsageError
-from ..machine import resolve
+from ..machine import Gpu, resolve
+from ..runtime.device import named
+from . import verbs
+from ._bench_tables import difference_text, gpu_tables, kernel_tables, shape
 
 Options = argparse.Namespace
 
@@ -75,10 +78,12 @@ def _quantize(options: Options) -> int:
 def _model(options: Options, threads: list[int]) -> int:
     source = sources.resolve(options.model, options.seed)
     batches = sources.parse_counts(options.batch or ["1"], "--batch")
+    on_gpu = options.device != "cpu"
+    default = verbs.target_of(options.device)
     with Progress(options.quiet) as progress:
         result = benches.run(
             source,
-            targets=options.target or ["host"],
+            targets=options.target or [default],
             shapes=source.shapes(options.shape, batches),
             precision=options.precision,
             embedding=options.embedding,
@@ -91,7 +96,10 @@ def _model(options: Options, threads: list[int]) -> int:
             duration_s=sources.parse_seconds(options.duration or "3s"),
             warmup_s=sources.parse_seconds(options.warmup),
             progress=progress,
+            device=options.device,
         )
+    if on_gpu:
+        result["device"] = named(options.device).name
     if options.json:
         document("bench", {"environment": environment(max(threads)), **result})
     else:
@@ -121,12 +129,15 @@ def _model_table(result: dict[str, Any]) -> None:
                 continue
             rate = round(row["per_second"] * row["us"] / peer["us"], 1)
             verdict = difference_text(peer["difference"])
-            if not peer["agrees"]:
+            if not peer["same"]:
+                verdict = f"another form of the model: {verdict}"
+            elif not peer["agrees"]:
                 verdict = f"DIFFERS: {verdict}"
             rows.append((*lead, name, *_times(peer), rate, round(peer["ratio"], 2), verdict))
     seconds = f", compiled in {result['compile_seconds']} s" if "compile_seconds" in result else ""
     info = environment()
-    out(f"{result['model']} on {info['cpu']} ({info['isa']}){seconds}")
+    where = result.get("device") or f"{info['cpu']} ({info['isa']})"
+    out(f"{result['model']} on {where}{seconds}")
     headers = ("batch", "threads", "runtime", "us", "[p20, p80]", "per s", "ratio", "outputs")
     table(headers, rows)
 
@@ -139,21 +150,11 @@ def _rate(row: dict[str, Any], key: str) -> float:
     return round(row["per_second"] * row["us"] / row[key]["us"], 1)
 
 
-def difference_text(difference: dict[str, Any]) -> str:
-    """``equal``, ``1 step``, ``2e-07 relative``."""
-    if "shape" in difference:
-        return f"shapes {difference['shape']}"
-    parts = []
-    if difference.get("steps"):
-        parts.append(f"{difference['steps']} step{'s' if difference['steps'] > 1 else ''}")
-    if difference.get("relative"):
-        parts.append(f"{difference['relative']:.1e} relative")
-    return ", ".join(parts) or "equal"
-
-
 def _kernels(options: Options, threads: list[int]) -> int:
     from ..bench import embedding_bench, kernel_bench, measure
 
+    if options.device != "cpu":
+        return _gpu_kernels(options)
     measure.import_tvm()
     bags = (options.kernels or "").startswith("embedding_bag")
     bench: Any = embedding_bench if bags else kernel_bench
@@ -176,104 +177,59 @@ def _kernels(options: Options, threads: list[int]) -> int:
                 out(f"threads: {result['threads']}; limit: a kernel that only touches the lines")
                 table(embedding_bench.HEADERS, [embedding_bench.cells(r) for r in result["rows"]])
             else:
-                _kernel_tables(result)
+                kernel_tables(result)
     rows = [row for result in results for row in result["rows"]]
-    wrong = [row for row in rows if not row["correct"]]
-    if wrong:
-        places = ", ".join(f"{r['kernel']} {_shape(r)}" for r in wrong[:5])
-        raise Error(f"{len(wrong)} of {len(rows)} rows are wrong: {places}. Fix: report", "DC5000")
+    _check(rows)
     if bags:
         ratios = [p["ratio"] for row in rows for p in row["peers"].values() if p.get("ratio")]
         _gate(min(ratios, default=None), options.fail_below, "bench --kernels, least ratio")
         return 0
-    means = [m["best"] for result in results for m in result["geometric_means"]]
-    best = None if None in means else min(means, default=None)
-    _gate(best, options.fail_below, "bench --kernels, geometric mean")
+    _gate_means([m for result in results for m in result["geometric_means"]], options)
     return 0
 
 
-def _shape(row: dict[str, Any]) -> str:
-    return str(row.get("label") or "x".join(map(str, row["shape"])))
+def _check(rows: list[dict[str, Any]]) -> None:
+    """Raises Error where a kernel did not compute what the reference does."""
+    wrong = [row for row in rows if not row["correct"]]
+    if wrong:
+        places = ", ".join(f"{r['kernel']} {shape(r)}" for r in wrong[:5])
+        raise Error(f"{len(wrong)} of {len(rows)} rows are wrong: {places}. Fix: report", "DC5000")
 
 
-def _kernel_tables(result: dict[str, Any]) -> None:
-    rows = result["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    table_rows = []
-    for row in rows:
-        ratios = [row["peers"].get(name, {}).get("ratio") for name in names]
-        table_rows.append(
-            (
-                row["kernel"],
-                row["form"],
-                row["machine"],
-                _shape(row),
-                f"{row['us']:.2f} [{row['p20']:.2f}, {row['p80']:.2f}]",
-                row["gops"],
-                round(100 * row["peak_share"], 1),
-                *(r and round(r, 2) for r in ratios),
-                row["best_ratio"] and round(row["best_ratio"], 2),
-                _route(row),
-                "" if row["correct"] else f"WRONG: {difference_text(row['difference'])}",
-            )
-        )
-    headers = ("kernel", "form", "machine", "shape", "us [p20, p80]", "Gop/s", "% peak")
-    out(f"threads: {result['threads']}; ratios: time of the peer by ours, above 1 ours is faster")
-    versus = (*(f"vs-{name}" for name in names), "vs-best")
-    table((*headers, *versus, "timed by", ""), table_rows)
-    out()
-    means = [("kernel", result["geometric_means"])]
-    if len(result["family_means"]) < len(result["geometric_means"]):
-        means.append(("family", result["family_means"]))
-    for title, found in means:
-        _mean_table(title, found, names)
-        out()
-    out("timed by chain: the kernel alone, ours too; by call: one call from Python of each")
-    out("one call of a tiny operator, us: what each pays beside the kernel")
-    for label, times in result["call_overhead_us"].items():
-        out(f"  {label}: " + ", ".join(f"{name} {us:.1f}" for name, us in times.items()))
-    _reasons(rows)
+def _gate_means(means: list[dict[str, Any]], options: Options) -> None:
+    best = [mean["best"] for mean in means]
+    least = None if None in best else min(best, default=None)
+    _gate(least, options.fail_below, "bench --kernels, geometric mean")
 
 
-def _route(row: dict[str, Any]) -> str:
-    """How the best peer was timed."""
-    best = row["best_peer"]
-    return "" if best is None else str(row["peers"][best]["route"])
+def _gpu_kernels(options: Options) -> int:
+    from ..bench import gpu_kernels
+    from ..cuda.loose import machine_of
+    from ..tuning.gpu_trial import mismatch
 
-
-def _mean_table(title: str, means: list[dict[str, Any]], names: list[str]) -> None:
-    rows = []
-    for mean in means:
-        shares = [mean["peak_share_large"], mean["peak_share_large_min"]]
-        rows.append(
-            (
-                f"{mean.get('kernel', mean['machine'])} {mean['form']} {mean['family']}",
-                *(share and round(100 * share, 1) for share in shares),
-                *(mean["ratio"].get(name) for name in names),
-                mean["best"],
-                mean["best_large"],
-                mean["best_min"],
-                f"{mean['faster']} of {mean['shapes']}",
-            )
-        )
-    headers = (f"geometric mean, {title}", "% peak*", "least", *(f"vs-{name}" for name in names))
-    table((*headers, "vs-best", "vs-best*", "least", "faster"), rows)
-    out("* of products those with M >= 10 and N, K >= 256; convolutions count taps in the padding")
-
-
-def _reasons(rows: list[dict[str, Any]]) -> None:
-    """Why a peer is missing: each reason once."""
-    seen: dict[str, None] = {}
-    for row in rows:
-        for name, peer in row["peers"].items():
-            if "reason" in peer:
-                seen[f"  {name}, {row['form']}: {peer['reason']}"] = None
-            elif not peer["agrees"]:
-                shape = _shape(row)
-                text = difference_text(peer["difference"])
-                seen[f"  {name}, {row['form']} {shape}: differs from the reference, {text}"] = None
-    for line in seen:
-        out(line)
+    gpu = named(options.device)
+    if options.target:
+        machine = resolve(options.target[0])
+        if reason := mismatch(machine, gpu.arch):
+            raise UsageError(f"--target {machine.name}: {reason}. Fix: name no target")
+        assert isinstance(machine, Gpu)
+    else:
+        verbs.target_of(options.device)  # raises where it is too old
+        machine = machine_of(gpu)
+    cases = gpu_kernels.cases(options.kernels or None, machine)
+    duration = sources.parse_seconds(options.duration or "1s")
+    warmup = min(sources.parse_seconds(options.warmup), duration / 5)
+    against = [p.name for p in parse(options.against)] if options.against else None
+    with Progress(options.quiet) as progress:
+        logs = lookup.logs(options.tuning)
+        result = gpu_kernels.run(cases, gpu, duration, warmup, against, progress, logs)
+    if options.json:
+        document("bench", {"environment": environment(1), "kernels": [result]})
+    else:
+        gpu_tables(result)
+    _check(result["rows"])
+    _gate_means(result["geometric_means"], options)
+    return 0
 
 
 def _overhead(options: Options) -> int:

@@ -1,4 +1,7 @@
-"""``inspect --asm``: the machine code of a kernel, read from the artifact without running it."""
+"""``inspect --asm``: the machine code of a kernel, read from the artifact without running it.
+
+Of a GPU's kernels it is the PTX, which is a text; for SASS there are ``cuobjdump`` and the cubin.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,9 @@ def disassemble(artifact: Any, kernel: str, target: str | None) -> Iterator[str]
     """
     variant = _variant(artifact.manifest, target)
     symbols = _symbols(variant, kernel)
+    if "images" in variant:
+        yield from _ptx(artifact, variant, symbols)
+        return
     tool = shutil.which("objdump") or shutil.which("llvm-objdump")
     if tool is None:
         raise Error("--asm: no objdump on PATH. Fix: install binutils", "DC1020")
@@ -39,6 +45,13 @@ def disassemble(artifact: Any, kernel: str, target: str | None) -> Iterator[str]
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise Error(f"--asm: {tool}: {reason}. Fix: check that tool", "DC1021")
     yield from _select(done.stdout.splitlines(), symbols)
+
+
+def _ptx(artifact: Any, variant: dict[str, Any], symbols: set[str]) -> Iterator[str]:
+    """The PTX of the images whose kernels were made of these functions."""
+    for image in variant["images"]:
+        if any(k == s or k.startswith(f"{s}_kernel") for k in image["kernels"] for s in symbols):
+            yield from bytes(artifact.entry(image["ptx"])).decode().rstrip("\0").splitlines()
 
 
 def _select(lines: list[str], wanted: set[str]) -> Iterator[str]:

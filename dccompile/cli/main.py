@@ -50,7 +50,10 @@ def parser() -> _Parser:
     machine.add_argument("--json", action="store_true", help="one JSON document on stdout")
     compiling = _Parser(add_help=False)
     compiling.add_argument(
-        "--target", action="append", metavar="T", help="host, x86-64-v3, x86-64-v4, x86-64-v4-vnni"
+        "--target",
+        action="append",
+        metavar="T",
+        help="host, x86-64-v3, x86-64-v4, x86-64-v4-vnni; cuda:sm_80 and newer",
     )
     compiling.add_argument(
         "--shape", action="append", default=[], metavar="X:DIMS", help="x:1x3x224x224 or x:1..64x13"
@@ -131,6 +134,7 @@ def parser() -> _Parser:
     add.add_argument("--rtol", type=float, default=1e-4, help="(1e-4)")
     add.add_argument("--atol", type=float, default=1e-6, help="(1e-6)")
     add.add_argument("--threads", type=int, metavar="N")
+    add.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
 
     add = verbs.add_parser(
         "bench",
@@ -158,6 +162,7 @@ def parser() -> _Parser:
     )
     add.add_argument("--samples", type=int, default=8, metavar="N", help="of --quantize (8)")
     add.add_argument("--against", metavar="PEERS", help="onnxruntime,openvino,torch,tvm")
+    add.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda or cuda:N (cpu)")
     add.add_argument("--threads", action="append", metavar="N[,N]", help="(1)")
     add.add_argument("--batch", action="append", metavar="N[,N]", help="open dims (1)")
     add.add_argument("--input", action="append", default=[], metavar="X=V")

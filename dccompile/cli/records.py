@@ -13,7 +13,7 @@ from .. import lookup, records, sources
 from ..console import Progress, document, out, table
 from ..environment import environment
 from ..errors import TuningError, UsageError
-from ..machine import resolve
+from ..machine import Gpu, resolve
 from ..tuning import coverage, maintain
 from ..tuning import replay as replaying
 
@@ -233,10 +233,12 @@ def _summary(rows: Sequence[coverage.Covered]) -> tuple[Any, ...]:
 
 
 def _replay(options: Options) -> int:
+    from ..tuning import gpu_engine
     from ..tuning.cluster import Local
 
     folder = _folder(options.folder)
-    targets = [resolve(t).name for t in options.target or []]
+    machines = [resolve(t) for t in options.target or []]
+    on_gpu = any(isinstance(m, Gpu) for m in machines)
     seconds = sources.parse_seconds(options.duration)
     fallen: list[int] = []
     with Progress(options.quiet) as progress:
@@ -246,11 +248,13 @@ def _replay(options: Options) -> int:
             progress.step(f"{verdict.label}: {verdict.state} {_reason(verdict)}", number, total)
 
         try:
-            with Local(options.workers) as engine:
+            with (
+                gpu_engine.engine(options.workers, machines) if on_gpu else Local(options.workers)
+            ) as engine:
                 verdicts = replaying.replay(
                     folder,
                     engine,
-                    targets=targets,
+                    targets=[machine.name for machine in machines],
                     pattern=options.task,
                     seconds=seconds,
                     seed=options.seed,

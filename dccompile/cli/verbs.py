@@ -13,7 +13,7 @@ from typing import Any
 from .. import sources
 from ..console import Progress, document, out, table, warn
 from ..environment import environment
-from ..errors import Error, UsageError
+from ..errors import Error, IncompatibleError, UsageError
 from ..workload import from_json
 from .islands import island_line
 
@@ -40,7 +40,7 @@ def models(options: Options) -> int:
                     f"-o '{path}': {error.strerror or error}. Fix: name a file that can be written"
                 ) from None
         for file in files:
-            out(f"{file}  {_size(file.stat().st_size)}")
+            out(f"{file}  {size_text(file.stat().st_size)}")
         return 0
     rows = zoo.names()
     if options.json:
@@ -130,7 +130,7 @@ def compile_(options: Options) -> int:
         _table_lines(manifest)
         variants = ", ".join(v["target"] for v in manifest["variants"])
         out(f"variants: {variants}")
-        out(f"{path}: {_size(size)} in {made.seconds:.1f} s")
+        out(f"{path}: {size_text(size)} in {made.seconds:.1f} s")
     return 0
 
 
@@ -140,7 +140,7 @@ def run(options: Options) -> int:
         path = _artifact(source, options, Path(folder), p)
         from ..runtime.loader import load
 
-        module = load(path, threads=options.threads)
+        module = load(path, threads=options.threads, device=options.device)
         feeds = sources.make_inputs(module.inputs, options.input, options.batch)
         values = module.run(None, feeds)
     outputs = {spec.name: value for spec, value in zip(module.outputs, values, strict=True)}
@@ -214,49 +214,8 @@ def _memory_line(variant: dict[str, Any]) -> str:
     arena, peak = variant.get("workspace"), variant.get("peak")
     if not arena or not peak:
         return f"memory {variant['target']}: depends on the shapes of a call"
-    ratio = f"{arena / peak:.2f}x the largest live set of {_size(peak)}"
-    return f"memory {variant['target']}: one arena of {_size(arena)}, {ratio}"
-
-
-def doctor(options: Options) -> int:
-    from .. import cache, linker
-    from ..bench.peers import PEERS
-    from ..environment import thread_source
-    from ..machine import TARGETS, missing_features
-
-    info = environment()
-    targets = {name: missing_features(m.features) for name, m in TARGETS.items()}
-    peers = {n: {"version": p.version, "reason": p.available()} for n, p in PEERS.items()}
-    command = linker.find()
-    folder = cache.folder()
-    kept = cache.Cache(folder).usage()
-    if options.json:
-        body = {
-            "targets": {n: {"runs": not lacks, "lacks": lacks} for n, lacks in targets.items()},
-            "threads_from": thread_source(),
-            "peers": peers,
-            "linker": command,
-            "cache": {
-                "folder": folder and str(folder),
-                "entries": kept.entries,
-                "bytes": kept.nbytes,
-            },
-        }
-        document("doctor", {"environment": info, **body})
-        return 0
-    rows = [
-        ("cpu", info["cpu"]),
-        ("best target", info["isa"] or "none"),
-        *((f"target {n}", f"lacks {', '.join(x)}" if x else "runs") for n, x in targets.items()),
-        ("cores", str(info["cores"])),
-        ("threads", f"{info['threads']} ({thread_source()})"),
-        *((name, version or "not installed") for name, version in info["versions"].items()),
-        *((f"peer {n}", p["reason"] or f"found, {p['version']}") for n, p in peers.items()),
-        ("linker", " ".join(command) if command else "none found (pip install ziglang)"),
-        ("cache", f"{folder}: {kept.entries} functions, {_size(kept.nbytes)}" if folder else "off"),
-    ]
-    table(("", "found"), rows)
-    return 0
+    ratio = f"{arena / peak:.2f}x the largest live set of {size_text(peak)}"
+    return f"memory {variant['target']}: one arena of {size_text(arena)}, {ratio}"
 
 
 def _in(module: str, name: str) -> Callable[[Options], int]:
@@ -281,19 +240,19 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "records": _in(".records", "run"),
     "accuracy": _in(".accuracy", "accuracy"),
     "inspect": inspect,
-    "doctor": doctor,
+    "doctor": _in(".doctor", "doctor"),
 }
 
 
 def _artifact(source: sources.Source, options: Options, folder: Path, progress: Progress) -> Path:
-    """The artifact itself, or one compiled for this host alone."""
+    """The artifact itself, or one compiled for the device that runs it, this host or a GPU."""
     if source.path is not None and source.kind == "dcm":
         return source.path
     from ..compiler import compile
 
     made = compile(
         source.compilable(),
-        targets=options.target or ["host"],
+        targets=options.target or [target_of(options.device)],
         shapes=source.shapes(options.shape),
         precision=options.precision,
         embedding=options.embedding,
@@ -308,6 +267,23 @@ def _artifact(source: sources.Source, options: Options, folder: Path, progress: 
     return made.save(folder / "model.dcm")
 
 
+def target_of(device: str) -> str:
+    """The target to compile for what a device is: ``host``, or that of a GPU's architecture."""
+    if device == "cpu":
+        return "host"
+    from ..machine import GPUS
+    from ..runtime.device import named
+
+    arch = named(device).arch
+    fits = [m for m in GPUS.values() if int(m.arch.removeprefix("sm_")) <= arch]
+    if not fits:
+        raise IncompatibleError(
+            f"device '{device}': sm_{arch} is too old, sm_80 is the least. Fix: use the CPU",
+            "DC4026",
+        )
+    return fits[-1].name
+
+
 def _step(event: dict[str, Any]) -> str:
     """A progress event of the compiler as a line."""
     target = f" for {event['target']}" if event.get("target") else ""
@@ -316,7 +292,7 @@ def _step(event: dict[str, Any]) -> str:
     return f"compile: {event.get('step', '')}{target}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
@@ -352,7 +328,7 @@ def _table_lines(manifest: dict[str, Any]) -> None:
         error = ""
         if worst["relative_error"]:
             error = f", relative error up to {worst['relative_error']:.2e} ('{worst['name']}')"
-        out(f"tables: {len(rows)} {precision}, {_size(sum(r['bytes'] for r in rows))}{error}")
+        out(f"tables: {len(rows)} {precision}, {size_text(sum(r['bytes'] for r in rows))}{error}")
 
 
 def _kernel_shape(work: dict[str, Any]) -> str:

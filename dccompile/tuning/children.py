@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, fingerprint, registry
+from ..bench import problems
 from ..errors import Error
-from ..machine import TARGETS, cpu_type, missing_features
+from ..machine import Gpu, cpu_type, find, missing_features
 from ..workload import EmbeddingBag, from_json
-from . import problems, trial
+from . import trial
 
 LIMIT_S = 60.0  # of a trial whose request names none
 _TASKS_BYTES = 1 << 30  # of problems kept
@@ -70,7 +71,9 @@ class Bench:
             if reason is not None:
                 raise ValueError(f"{kernel.name} refuses {workload.describe()}: {reason}")
             made = problems.make(workload, int(request.get("seed", 0)))
-            task = trial.Task(kernel, TARGETS[request["target"]], workload, made)
+            machine = find(request["target"])
+            assert machine is not None
+            task = trial.Task(kernel, machine, workload, made)
             if isinstance(workload, EmbeddingBag):
                 task.packed = problems.pack(kernel, workload, made[0].weights, None)
             self._forget(_TASKS_BYTES - task.nbytes)
@@ -83,7 +86,7 @@ class Bench:
         """Drops what was not used for longest until the rest fits."""
         while self._tasks and sum(task.nbytes for task in self._tasks.values()) > room:
             self._tasks.popitem(last=False)
-        old = sorted(self._folder.glob("*.so"), key=lambda path: path.stat().st_mtime)
+        old = sorted(self._folder.glob("*.[sg]*"), key=lambda path: path.stat().st_mtime)
         for path in old[:-_LIBRARIES]:
             path.unlink()
 
@@ -193,14 +196,17 @@ def refusal(request: dict[str, Any]) -> str | None:
     for name, wanted in request.get("versions", {}).items():
         if mine.get(name) != wanted:
             return f"{name} {mine.get(name, 'is not known')} is here, {wanted} is asked for"
-    target = TARGETS.get(request["target"])
+    target = find(request["target"])
     if target is None:
         return f"target {request['target']} is not known here"
     kernel = registry.named(request["kernel"])
     if kernel is None:
         return f"kernel {request['kernel']} is not known here"
-    lacks = missing_features(sorted({*target.features, *kernel.features}))
-    if lacks:
+    needs = {*target.features, *kernel.features}
+    if isinstance(target, Gpu):  # the child will see which GPU is here
+        if lacks := sorted(needs.difference(target.features)):
+            return f"{kernel.name} needs {', '.join(lacks)}, which {target.name} lacks"
+    elif lacks := missing_features(sorted(needs)):
         return f"{target.name} needs {', '.join(lacks)}, which this CPU ({cpu_type()}) lacks"
     schedule, wanted = fingerprint.schedule(kernel), request.get("schedule")
     if wanted is not None and schedule != wanted:

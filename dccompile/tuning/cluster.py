@@ -34,10 +34,11 @@ Result = dict[str, Any]
 class Local:
     """Trials on `count` cores of this machine, one server process pinned to each.
 
+    `cpu` is what records of them name as their machine, by default this CPU's type.
     Raises UsageError for more than the cores that may be used.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, cpu: str | None = None) -> None:
         cores = sorted(os.sched_getaffinity(0))[: available_cores()]
         if not 1 <= count <= len(cores):
             raise UsageError(
@@ -45,7 +46,7 @@ class Local:
                 f"Fix: ask for 1 to {len(cores)}",
                 "DC2033",
             )
-        self._cpu = cpu_type()
+        self.cpu = cpu or cpu_type()
         self._servers = {f"core {core}": Server(core) for core in cores[:count]}
         self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for name in self._servers:
@@ -67,22 +68,22 @@ class Local:
 
     def machines(self) -> dict[str, list[str]]:
         """Workers by type of machine: here one type."""
-        return {self._cpu: list(self._servers)}
+        return {self.cpu: list(self._servers)}
 
     def slots(self, cpu: str) -> int:
         """How many trials this type of machine runs at once."""
-        return len(self._servers) if cpu == self._cpu else 0
+        return len(self._servers) if cpu == self.cpu else 0
 
     def submit(self, request: Request, cpu: str) -> Future[Result]:
         """Runs a trial on a core that is free; the result names it as `worker`."""
-        if cpu != self._cpu:
-            raise ValueError(f"a trial for {cpu}, this machine is {self._cpu}")
+        if cpu != self.cpu:
+            raise ValueError(f"a trial for {cpu}, this machine is {self.cpu}")
         return self._pool.submit(self._run, request)
 
     def _run(self, request: Request) -> Result:
         name = self._free.get()
         try:
-            return {**self._servers[name].run(request), "worker": name}
+            return {**self._servers[name].run(request), "cpu": self.cpu, "worker": name}
         finally:
             self._free.put(name)
 

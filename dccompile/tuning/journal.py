@@ -35,7 +35,7 @@ class Journal:
         self.broken: dict[tuple[str, str], int] = {}
 
     def path(self, target: str, kernel: str) -> Path:
-        return self.folder / records.LOSERS / target / f"{kernel}.jsonl"
+        return self.folder / records.LOSERS / records.folder_name(target) / f"{kernel}.jsonl"
 
     def append(self, target: str, kernel: str, entry: Mapping[str, Any]) -> None:
         """Adds a line; it is on the disk when this returns.

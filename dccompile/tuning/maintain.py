@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .. import fingerprint, records, registry
 from ..errors import UsageError
-from ..machine import TARGETS
+from ..machine import GPUS, TARGETS, find
 from ..records import Record
 from .tasks import Task
 
@@ -49,7 +49,7 @@ class File:
 
     @property
     def name(self) -> str:
-        return f"{self.target}/{self.path.name}"
+        return f"{self.path.parent.name}/{self.path.name}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,7 +86,7 @@ def check(folder: Path) -> None:
 
 
 def _file(path: Path) -> File:
-    found = File(path, path.parent.name, path.stem)
+    found = File(path, records.target_name(path.parent.name), path.stem)
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
@@ -130,9 +130,9 @@ def judge(record: Record) -> tuple[str, str]:
 
 def task(record: Record) -> Task:
     """What a record is of. Raises ValueError, with the reason, where this version has no such."""
-    machine = TARGETS.get(record.target)
+    machine = find(record.target)
     if machine is None:
-        raise ValueError(f"target '{record.target}' is none of {', '.join(TARGETS)}")
+        raise ValueError(f"target '{record.target}' is none of {', '.join([*TARGETS, *GPUS])}")
     kernel = registry.named(record.kernel)
     if kernel is None:
         raise ValueError(f"no kernel is called '{record.kernel}'")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
-
-from .turns import Turns
 
 PLACES = 4  # that a competitor's code is loaded at: see `Turns`
 _SAMPLE_NS = 100_000  # of one sample, in calls
@@ -17,7 +16,14 @@ _BEHIND = 0.995  # the same, for the upper bound of what more rounds say
 _MIN_ROUNDS, _LONG_S = 11, 2.0  # fewer, down to those of the first look, after so many seconds
 
 
-def race(ours: list[Turns], theirs: list[Turns], seconds: float) -> dict[str, Any]:
+class Turns(Protocol):
+    """A competitor's calls on one problem: `turns.Turns` on a CPU, `replay.Replay` on a GPU."""
+
+    def run(self, calls: int, place: int = 0) -> float:
+        """Nanoseconds for so many calls."""
+
+
+def race(ours: Sequence[Turns], theirs: Sequence[Turns], seconds: float) -> dict[str, Any]:
     """Times both in turns, all problems in every round, until it is clear who is faster.
 
     A candidate far behind stops after the first look, one that is surely behind at a later one.
@@ -66,7 +72,7 @@ def _calls(turns: Turns) -> int:
     spent = min(turns.run(1) for _ in range(3))
     if spent < _SAMPLE_NS:
         many = math.ceil(_SAMPLE_NS / 4 / max(spent, 1))
-        spent = max(1, turns.run(many) // many)
+        spent = max(1.0, turns.run(many) // many)
     return max(1, math.ceil(_SAMPLE_NS / spent))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import fingerprint, records
-from ..machine import TARGETS, missing_features
+from ..machine import Gpu, missing_features
 from ..records import Record
 from . import maintain
 from .job import Engine
@@ -113,7 +113,7 @@ def _subject(record: Record, engine: Engine) -> _Subject | Verdict:
     except ValueError as error:
         label = f"{record.kernel} {records.canonical(record.shape)}"
         return Verdict(record, label, "skipped", printable(str(error)))
-    if elsewhere := _elsewhere(record, engine):
+    if elsewhere := _elsewhere(record, task, engine):
         return Verdict(record, task.label, "skipped", elsewhere)
     try:
         params = records.legal(task.kernel, record.params, task.workload, task.target)
@@ -122,14 +122,15 @@ def _subject(record: Record, engine: Engine) -> _Subject | Verdict:
     return _Subject(record, task, params)
 
 
-def _elsewhere(record: Record, engine: Engine) -> str | None:
+def _elsewhere(record: Record, task: Task, engine: Engine) -> str | None:
     """Why the machines at hand cannot measure a record."""
-    types = engine.machines()
+    types, gpu = engine.machines(), isinstance(task.target, Gpu)
     if record.cpu not in types:
-        return f"of CPU {record.cpu}, measured on {', '.join(types)}"
+        found = f"of {'GPU' if gpu else 'CPU'} {record.cpu}, measured on {', '.join(types)}"
+        return f"{found}; name the GPU's target with --target" if gpu else found
     if record.threads != 1:
         return f"with {record.threads} threads, measured with 1"
-    lacks = missing_features(TARGETS[record.target].features)
+    lacks = [] if gpu else missing_features(task.target.features)
     return f"this host lacks {', '.join(lacks)}" if lacks else None
 
 

@@ -14,18 +14,18 @@ from math import prod
 from typing import Any
 
 from .. import records, registry
+from ..bench import problems
+from ..bench.cost import bytes_of, cost
 from ..errors import ScheduleError, UsageError
 from ..kernel import Kernel
-from ..machine import TARGETS, Machine, missing_features
-from ..workload import NUMPY, Conv, EmbeddingBag, Gemm, Interaction, Workload, from_json
-from . import problems
+from ..machine import Gpu, Machine, missing_features, resolve
+from ..workload import Conv, EmbeddingBag, Gemm, Workload, from_json
 
 # Weights that pass through the caches between two calls of a kernel: in a benchmark alone more than
 # a core's own cache, in models at most what no cache holds.
 LEAST_WEIGHTS, MOST_WEIGHTS = 8 << 20, 96 << 20
 SHAPES = "shapes.json"  # as the name of a model: every shape weighs the same
 
-_TERMS = 20  # per bag, where a call says how many
 _CACHED = 8 << 20  # bytes that a second-level cache does not hold, and a third-level one does
 _GOPS = 100.0  # where a kernel does not say how fast it is
 _LEAST_ROOM = 0.05  # floors are estimates, so no task is ever at its own
@@ -42,14 +42,18 @@ class Peaks:
 
     @staticmethod
     def nominal(machine: Machine) -> Peaks:
-        """Estimates at 3 GHz, for a machine that is elsewhere."""
+        """Estimates for a machine that is elsewhere, of CPUs at 3 GHz."""
+        if isinstance(machine, Gpu):  # GHz x what a multiprocessor of an A100 does in a cycle
+            clocks = machine.multiprocessors * machine.clock
+            near = 2.5 * machine.bandwidth
+            return Peaks(4096 * clocks, 128 * clocks, near, machine.bandwidth)
         fma = 3.0 * machine.lanes * 2
         return Peaks(4 * fma if machine.vnni else 2 * fma, fma, 30.0, 12.0)
 
     @staticmethod
     @lru_cache(maxsize=8)
     def measure(machine: Machine) -> Peaks:
-        """Measured here; `nominal` where this host lacks features of the machine."""
+        """Measured here; `nominal` of GPUs, and where this host lacks features of the machine."""
         if missing_features(machine.features):
             return Peaks.nominal(machine)
         from ..bench import measure
@@ -120,8 +124,10 @@ class Task:
 
     def estimate_us(self) -> float:
         """Microseconds by the speed that the kernel says it has, or by that of memory."""
-        speed = getattr(self.kernel, "gops", None) or _GOPS
-        peaks = replace(Peaks.nominal(self.target), int8=speed, f32=speed)
+        peaks = Peaks.nominal(self.target)
+        if not isinstance(self.target, Gpu):
+            speed = getattr(self.kernel, "gops", None) or _GOPS
+            peaks = replace(peaks, int8=speed, f32=speed)
         return self.floor_us(peaks)
 
     def priority(self, default_us: float | None, peaks: Peaks | None, trials: int) -> float:
@@ -146,7 +152,7 @@ def from_manifest(manifest: Mapping[str, Any], model: str, target: str | None = 
     for variant in manifest["variants"]:
         if target in (None, variant["target"]):
             rows = ((_kernel(k["name"]), from_json(k["workload"])) for k in variant["kernels"])
-            found += _tasks(rows, TARGETS[variant["target"]], model)
+            found += _tasks(rows, resolve(variant["target"]), model)
     return found
 
 
@@ -240,42 +246,16 @@ def _deployed() -> Iterator[tuple[str, Workload]]:
 
 def _floor(work: Any, machine: Machine, peaks: Peaks) -> float:
     """Microseconds of a workload without open dims."""
-    ops, nbytes, near = _cost(work)
+    ops, nbytes, near = cost(work)
     speed = peaks.int8 if getattr(work, "a", "f32") != "f32" else peaks.f32
     band = peaks.cache if near <= machine.l3 else peaks.memory
     return max(ops / speed, nbytes / band) / 1e3
 
 
-def _cost(work: Any) -> tuple[int, int, int]:
-    """Operations, bytes read or written, and bytes of what they are part of."""
-    if isinstance(work, EmbeddingBag):
-        terms = work.bags * work.tables * (work.pooling or _TERMS)  # type: ignore[operator]
-        lines = -(-work.row_bytes // 64) * 64
-        nbytes = terms * (lines + (8 if work.index == "s64" else 4))
-        return 2 * terms * work.dim, nbytes, sum(work.rows) * work.row_bytes
-    if isinstance(work, Interaction):
-        each = work.vectors * work.dim + work.dim + work.pairs
-        nbytes = 4 * work.bags * each  # type: ignore[operator]
-        return 2 * work.bags * work.pairs * work.dim, nbytes, nbytes  # type: ignore[operator]
-    a, b, c = (_bytes(t) for t in (work.a, work.b, work.out))
-    if isinstance(work, Conv):
-        pixels, outputs = (work.batch * prod(s) for s in (work.size, work.outputs))  # type: ignore[operator]
-        weights = prod(work.kernel) * work.group_channels * work.filters
-        sums = 2 if work.residual else 1
-        nbytes = a * pixels * work.channels + b * weights + c * sums * outputs * work.filters
-    else:
-        nbytes = a * work.m * work.k + b * work.k * work.n + c * work.m * work.n
-    return work.ops, nbytes, nbytes
-
-
 def _weight_bytes(work: Workload) -> int:
     """Of a layer's own weights; tables are read in parts, other than those each time."""
     if isinstance(work, Gemm):
-        return _bytes(work.b) * work.n * work.k
+        return bytes_of(work.b) * work.n * work.k
     if isinstance(work, Conv):
-        return _bytes(work.b) * prod(work.kernel) * work.group_channels * work.filters
+        return bytes_of(work.b) * prod(work.kernel) * work.group_channels * work.filters
     return 0
-
-
-def _bytes(dtype: str) -> int:
-    return {"8": 1, "6": 2, "4": 4}[NUMPY[dtype][-1]] if dtype != "f32" else 4

@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 
 from .. import linker
+from ..bench.problems import Problem, large, pack
 from ..errors import Error
 from ..kernel import Kernel
-from ..machine import Machine
+from ..machine import Gpu, Machine
 from ..runtime import ffi
 from ..workload import EmbeddingBag, Interaction
-from .problems import Problem, large, pack
 from .race import PLACES, race
 from .turns import Turns
 
 WEIGHTS = 8 << 20  # bytes of all copies of W, unless the request says: of each more than L2
 _COPIES = 256
 _LINE = 64
+_LOST = "DC4023"  # code of errors that end a GPU's context, as a signal ends a process
 
 
 @dataclass
@@ -76,17 +77,27 @@ class Wrong(Exception):
     """A candidate computed something else than the reference."""
 
 
+class Refused(Exception):
+    """This machine cannot run the trial."""
+
+
 def run(request: dict[str, Any], task: Task, folder: Path) -> dict[str, Any]:
     """The result of a trial: see `server.Server.run`. Libraries are kept in `folder`."""
+    from . import gpu_trial
+
     clock = Clock()
+    race_it = gpu_trial.race if isinstance(task.machine, Gpu) else _race
     try:
-        found = _race(request, task, folder, clock)
+        found = race_it(request, task, folder, clock)
     except Wrong as error:
         found = {"status": "wrong", "reason": str(error)}
+    except Refused as error:
+        found = {"status": "refused", "reason": str(error)}
     except Exception as error:
         text = " ".join(str(error).split())
         name = "" if isinstance(error, Error) else f"{type(error).__name__}: "
-        found = {"status": "error", "reason": f"{name}{text[:500]}"}
+        crash = isinstance(error, Error) and error.code == _LOST
+        found = {"status": "crash" if crash else "error", "reason": f"{name}{text[:500]}"}
     return {**found, "parts": clock.ms}
 
 
@@ -96,9 +107,9 @@ def _race(request: dict[str, Any], task: Task, folder: Path, clock: Clock) -> di
     first = _compiled(task, ours, folder, clock)
     other = first if theirs == ours else _compiled(task, theirs, folder, clock)
     with clock("pack"):
-        packed = [_packed(task, ours)]
+        packed = [packed_weights(task, ours)]
         if theirs != ours:
-            packed.append(_packed(task, theirs))
+            packed.append(packed_weights(task, theirs))
         memory = _Memory(task, packed, int(request.get("weights", WEIGHTS)))
     with clock("check"):
         for problem, tensors in zip(task.problems, memory.tensors, strict=True):
@@ -124,17 +135,22 @@ def _compiled(task: Task, params: Any, folder: Path, clock: Clock) -> list[Any]:
 
     It is loaded several times: equal code at another address is up to 2 % faster or slower.
     """
+    file = library(task, params, folder)
+    if not file.exists():
+        _compile(task, params, file, clock)
+    with clock("load"):
+        image = memoryview(file.read_bytes())
+        return [ffi.load_library(image, file.stem, file.stem)["kernel"] for _ in range(PLACES)]
+
+
+def library(task: Task, params: Any, folder: Path) -> Path:
+    """Where a compiled kernel is kept."""
     what = [task.kernel.name, task.machine.name, task.workload.to_json(), asdict(params)]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    library = folder / f"{digest}.so"
-    if not library.exists():
-        _compile(task, params, library, clock)
-    with clock("load"):
-        image = memoryview(library.read_bytes())
-        return [ffi.load_library(image, digest, digest)["kernel"] for _ in range(PLACES)]
+    return folder / f"{digest}.so"
 
 
-def _compile(task: Task, params: Any, library: Path, clock: Clock) -> None:
+def _compile(task: Task, params: Any, file: Path, clock: Clock) -> None:
     import tvm
 
     from ..generic import legalize, stack
@@ -145,19 +161,20 @@ def _compile(task: Task, params: Any, library: Path, clock: Clock) -> None:
         module = tvm.IRModule({"kernel": func})
     with clock("llvm"):
         built = stack.build(module, legalize.target_of(task.machine))
-        code = library.with_suffix(".o")
+        code = file.with_suffix(".o")
         built.write_to_file(str(code), "o")
     with clock("link"):
-        linked = library.with_suffix(".new")
+        linked = file.with_suffix(".new")
         linker.link([code], linked)
         code.unlink()
-        linked.rename(library)  # whole or not there: a trial may be killed at any time
+        linked.rename(file)  # whole or not there: a trial may be killed at any time
 
 
 # ---- data ----
 
 
-def _packed(task: Task, params: Any) -> np.ndarray:
+def packed_weights(task: Task, params: Any) -> np.ndarray:
+    """W as the kernel wants it."""
     if task.packed is not None:
         return task.packed
     return pack(task.kernel, task.workload, task.problems[0].weights, params)

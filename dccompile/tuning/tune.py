@@ -15,9 +15,9 @@ from typing import Any
 
 from .. import fingerprint, lookup, records, sources
 from ..console import Progress
-from ..errors import TuningError, UsageError
-from ..machine import Machine, available_cores, cpu_type, missing_features, resolve
-from . import job, search, tasks, whole
+from ..errors import IncompatibleError, TuningError, UsageError
+from ..machine import Gpu, Machine, available_cores, cpu_type, missing_features, resolve
+from . import gpu_engine, job, search, tasks, whole
 from .cluster import Local
 from .job import Decision
 from .journal import Journal
@@ -80,8 +80,9 @@ def tune(
     shapes for such kernels or families of shapes. `task` is a glob for kernel names or
     descriptions of workloads. `seconds` and `trials` bound the search. `workers` is how many
     processes of this machine measure (default: its cores), or the address of a dask scheduler,
-    tcp://host:port. `log` is the folder of the logs (default: the packaged ones). The journal in
-    it makes a later job go on where this one ended.
+    tcp://host:port; for a GPU, at most 4, they compile side by side and measure in turns. `log` is
+    the folder of the logs (default: the packaged ones). The journal in it makes a later job go on
+    where this one ended.
 
     Raises TuningError with code DC7001 when Ctrl-C stopped it, its trials being saved; else where
     logs cannot be written or workers not used; UsageError for wrong arguments.
@@ -139,10 +140,13 @@ def _model(
 
 
 def _dry(listed: list[Task], journal: Journal, workers: int | str | None) -> Report:
-    tvm, cpu = versions()["tvm"], cpu_type()
+    tvm = versions()["tvm"]
     plans = []
     left = []
+    kinds: dict[bool, str] = {}
     for task in listed:
+        gpu = isinstance(task.target, Gpu)
+        cpu = kinds.setdefault(gpu, _gpu_kind() if gpu else cpu_type())
         space = len(task.space())
         done = journal.done(task, cpu, fingerprint.schedule(task.kernel), tvm)
         plans.append(Plan(task, space, len(done)))
@@ -151,7 +155,17 @@ def _dry(listed: list[Task], journal: Journal, workers: int | str | None) -> Rep
     return Report(plans, job.estimate(left, slots))
 
 
+def _gpu_kind() -> str:
+    """What records call this machine's GPU, "" where there is none."""
+    try:
+        return gpu_engine.probe().kind
+    except IncompatibleError:
+        return ""
+
+
 def _engine(workers: int | str | None, machines: Sequence[Machine]) -> Any:
+    if any(isinstance(m, Gpu) for m in machines):
+        return gpu_engine.engine(workers, machines)
     if isinstance(workers, str):
         from .cluster import Cluster
 
@@ -186,7 +200,7 @@ class _Run:
     ) -> Report:
         start = time.monotonic()
         progress.step("measure the machine's peaks")
-        here = cpu_type()
+        here = self.engine.cpu if isinstance(self.engine, Local) else cpu_type()
         targets = {t.target.name: t.target for t in self.tasks}
         peaks = {name: tasks.Peaks.measure(machine) for name, machine in targets.items()}
         running = job.Job(

@@ -20,6 +20,7 @@ from .. import records
 from ..bench import measure, model_bench
 from ..bench.peers import aligned
 from ..errors import TuningError
+from ..machine import Gpu, find
 from ..sources import Source
 from .race import bounds
 
@@ -85,7 +86,8 @@ class Model:
     def _timed(self, tuned: Path, seconds: float) -> Comparison:
         from ..runtime.loader import load
 
-        modules = [load(path, threads=1) for path in (self.baseline, tuned)]
+        device = "cuda" if isinstance(find(self.target), Gpu) else "cpu"
+        modules = [load(path, threads=1, device=device) for path in (self.baseline, tuned)]
         dims = [d for spec in modules[0].inputs for d in spec.shape]
         batches = BATCHES if any(isinstance(d, str) for d in dims) else BATCHES[:1]
         found = [self._batch(modules, batch, seconds) for batch in batches]
@@ -108,8 +110,7 @@ class Model:
                 "DC7012",
             )
         runners: dict[str, measure.Runner] = {
-            name: _in_turns([module.bind(feeds) for feeds in turns])
-            for name, module in zip("ab", modules, strict=True)
+            name: _in_turns(module, turns) for name, module in zip("ab", modules, strict=True)
         }
         times = measure.interleave(runners, seconds)
         ratios = times["a"].ns / times["b"].ns
@@ -118,7 +119,14 @@ class Model:
         return Comparison(ratio, low, high, *ms)
 
 
-def _in_turns(calls: Sequence[Any]) -> Any:
+def _in_turns(module: Any, turns: Sequence[Mapping[str, np.ndarray]]) -> measure.Runner:
+    """Bound calls with sets of inputs, timed by a GPU's own clock where the module is on one."""
+    if module.device != "cpu":
+        from ..bench.gpu_measure import bound_loop
+
+        return bound_loop(module, turns)
+    calls = [module.bind(feeds) for feeds in turns]
+
     def run() -> None:
         for call in calls:
             call()
