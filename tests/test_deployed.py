@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from kernels import listed
 from memory import tensor
 
 from dccompile import machine, reference, registry
@@ -14,7 +15,7 @@ from dccompile.bench import gemm_cases, kernel_bench
 from dccompile.generic import legalize, stack
 from dccompile.workload import NUMPY, Gemm
 
-KERNELS = [k.name for k in registry.kernels() if k.op == "gemm"]
+KERNELS = listed("gemm")
 
 
 def _check(work: Gemm, weights: Any, a: np.ndarray, got: np.ndarray) -> None:
