@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,10 @@ import numpy as np
 import pytest
 
 from dccompile.cuda import device, loose
+from dccompile.errors import IncompatibleError
 from dccompile.machine import GPUS
+from dccompile.runtime import device as devices
+from dccompile.runtime import driver
 from dccompile.runtime.device import find
 
 _HERE = Path(__file__).resolve().parent / "emulator"
@@ -396,3 +400,24 @@ def toolkit(folder):
     nvcc.write_text(program)
     nvcc.chmod(0o755)
     return Toolkit(nvcc, build.driver())
+
+
+@contextmanager
+def place(kind, folder, **settings):
+    """Makes this process use the emulator, compiler and driver, or a GPU: `kind` emulated or gpu.
+
+    `settings` are those of the emulated driver. Skips where there is no GPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_driver", None)
+        patch.setattr(devices, "_devices", {})
+        if kind == "emulated":
+            made = toolkit(folder)
+            made.patch(patch, **settings)
+            patch.setattr(driver, "LIBRARY", str(made.libcuda))
+        try:
+            find(0)
+        except IncompatibleError as error:
+            assert kind == "gpu", error
+            pytest.skip(str(error))
+        yield kind

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from dccompile.models import weights
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 pytest.importorskip("tvm", reason="the compiler extra is not installed")
 
@@ -36,18 +36,6 @@ def _quick_compiler(monkeypatch):
         toolchain.find()
     except Error as error:
         pytest.skip(str(error))
-
-
-def layer(rows="M", k=64, n=32):
-    """y = relu(x w)."""
-    w = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
-    ends = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width])
-        for name, width in (("x", k), ("y", n))
-    ]
-    graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], [numpy_helper.from_array(w, "w")])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def architecture(cubin):

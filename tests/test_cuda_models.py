@@ -19,7 +19,6 @@ import dccompile as dc
 from dccompile import models, registry
 from dccompile.machine import GPUS
 from dccompile.quantization.quantize import quantize
-from dccompile.runtime import device, driver
 from dccompile.workload import Gemm, GemmWeights
 
 TARGETS = ["cuda:sm_80", "x86-64-v3"]
@@ -28,19 +27,8 @@ TARGETS = ["cuda:sm_80", "x86-64-v3"]
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.cuda)])
 def machine(request, tmp_path_factory):
     """The emulator as this process's compiler and driver, or a GPU of this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_driver", None)
-        patch.setattr(device, "_devices", {})
-        if request.param == "emulated":
-            toolkit = emulate.toolkit(tmp_path_factory.mktemp("gpu"))
-            toolkit.patch(patch)
-            patch.setattr(driver, "LIBRARY", str(toolkit.libcuda))
-        try:
-            device.find(0)
-        except dc.IncompatibleError as error:
-            assert request.param == "gpu", error
-            pytest.skip(str(error))
-        yield request.param
+    with emulate.place(request.param, tmp_path_factory.mktemp("gpu")) as kind:
+        yield kind
 
 
 def both(model, folder, **options):

@@ -40,19 +40,8 @@ def machine(
 
     The emulator does its work as late as streams allow, and checks every access of a kernel.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_driver", None)
-        patch.setattr(device, "_devices", {})
-        if request.param == "emulated":
-            toolkit = emulate.toolkit(tmp_path_factory.mktemp("gpu"))
-            toolkit.patch(patch, late=1, check=1)
-            patch.setattr(driver, "LIBRARY", str(toolkit.libcuda))
-        try:
-            device.find(0)
-        except dc.IncompatibleError as error:
-            assert request.param == "gpu", error
-            pytest.skip(str(error))
-        yield request.param
+    with emulate.place(request.param, tmp_path_factory.mktemp("gpu"), late=1, check=1) as kind:
+        yield kind
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -75,16 +74,6 @@ class Function:
             gpu.check(gpu.driver.cuCtxSynchronize(), "waiting for a function")
         findings = self._code.findings
         return None if findings is None else findings.take()
-
-    def time(self, sets: Sequence[Sequence[Tensor]], calls: int, stream: int = 0) -> float:
-        """Nanoseconds of the device for so many calls, with the sets of tensors in turns."""
-        handles = [[t.handle for t in tensors] for tensors in sets]
-        with self.gpu as gpu:
-            watch = Watch(gpu)
-            watch.start(stream)
-            for call in range(calls):
-                self._code.run(handles[call % len(handles)], stream)
-            return watch.stop(stream)
 
 
 class Watch:

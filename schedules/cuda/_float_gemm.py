@@ -24,7 +24,7 @@ from ._float_rows import Rows
 from ._float_tile import Block, Source, tile
 from ._ir import T, address, ceil_div, i64, launch, prim_func, tirx
 
-__all__ = ["FloatGemm", "FloatProduct", "Matrix", "Operands", "ProductTile", "Shape"]
+__all__ = ["PRODUCTS", "FloatGemm", "FloatProduct", "Matrix", "Operands", "ProductTile", "Shape"]
 
 _BATCHES = (1, 4, 16, 64, 256, 1024)  # that a kernel for any m should do well on
 _FEW = (1, 4, 8)  # rows of the passes over the weights that a kernel for any m has
@@ -38,6 +38,18 @@ class ProductTile(Block):
 
     few: int = 8  # rows up to which the weights just pass
     columns: int = 32  # of C that a block of few rows has
+
+
+PRODUCTS: dict[str, tuple[int, ...]] = {  # the space of `ProductTile`
+    "wm": (1, 2, 4),
+    "wn": (1, 2),
+    "tm": (4, 8),
+    "tn": (4, 8),
+    "bk": (16, 32),
+    "slices": (1, 2, 4),
+    "few": (8, 16),
+    "columns": (8, 16, 32, 64),
+}
 
 
 @dataclass(frozen=True)

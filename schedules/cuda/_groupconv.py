@@ -14,20 +14,24 @@ then one value per filter.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ...kernel import Kernel
 from ...machine import Gpu, Machine
 from ...workload import Conv
 from ._depthwise_strips import Strips, chunk, clocks
 from ._ir import ceil_div
 
-__all__ = ["Groups"]
+__all__ = ["GroupConv", "Groups"]
 
 _COLUMNS = 9  # of a part of the kernel, at most
 _MERGED = 16  # channels of a group that was merged, at most
+_ROOMY = 168  # registers with which 12 warps fit a multiprocessor
 
 
 class Groups:
@@ -146,3 +150,30 @@ class Groups:
         )
         ordered = np.ascontiguousarray(cut.transpose(0, 1, 2, 4, 3, 5, 7, 6))
         return ordered.view(np.uint8).reshape(-1)
+
+
+class GroupConv(Kernel):
+    """The choice of parameters: that of the quickest plan."""
+
+    SPACE: ClassVar = {"across": (1, 2, 4, 7, 8), "quads": (1, 2), "deep": (1, 2, 4)}
+
+    @property
+    def op(self) -> str:
+        return "conv"
+
+    def plan(self, workload: Conv, params: Any) -> Groups:
+        return Groups(workload, params.across, params.quads, params.deep)
+
+    def default(self, workload: Conv, machine: Machine) -> Any:
+        """The quickest of the space, as estimated."""
+        least = self.Params(1)
+        points = (p for p in self.candidates(machine) if self.registers(p) <= _ROOMY)
+        points = (p for p in points if self.plan(workload, p).registers <= _ROOMY or p == least)
+        return min(points, key=lambda p: self.estimate(workload, p, machine))
+
+    def effect(self, workload: Conv, params: Any) -> Hashable:
+        plan = self.plan(workload, params)
+        return plan.across, plan.quads, plan.deep
+
+    def estimate(self, workload: Conv, params: Any, machine: Machine) -> float:
+        return self.plan(workload, params).clocks(machine)

@@ -18,21 +18,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ._float_conv import FloatConv
+from ._float_gemm import PRODUCTS
 
 
 class ConvF32Simt(FloatConv):
     name = "conv_f32f32f32_simt"
     features = ("sm_80",)
-    SPACE: ClassVar = {
-        "wm": (1, 2, 4),
-        "wn": (1, 2),
-        "tm": (4, 8),
-        "tn": (4, 8),
-        "bk": (16, 32),
-        "slices": (1, 2, 4),
-        "few": (8, 16),
-        "columns": (8, 16, 32, 64),
-    }
+    SPACE: ClassVar = PRODUCTS
 
 
 KERNEL = ConvF32Simt()

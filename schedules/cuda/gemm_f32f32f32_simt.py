@@ -15,23 +15,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ._float_gemm import FloatGemm
+from ._float_gemm import PRODUCTS, FloatGemm
 
 
 class GemmF32Simt(FloatGemm):
     name = "gemm_f32f32f32_simt"
     features = ("sm_80",)
     weights = "f32"
-    SPACE: ClassVar = {
-        "wm": (1, 2, 4),
-        "wn": (1, 2),
-        "tm": (4, 8),
-        "tn": (4, 8),
-        "bk": (16, 32),
-        "slices": (1, 2, 4),
-        "few": (8, 16),
-        "columns": (8, 16, 32, 64),
-    }
+    SPACE: ClassVar = PRODUCTS
 
 
 KERNEL = GemmF32Simt()

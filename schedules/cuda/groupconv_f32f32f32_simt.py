@@ -16,17 +16,15 @@ as a convolution with one group, are left to `conv_f32f32f32_simt`, which shares
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Conv, ConvWeights
 from ._depthwise_float import pack_floats
-from ._groupconv import Groups
+from ._groupconv import GroupConv
 from .conv_f32f32f32_simt import KERNEL as DENSE
 
 _LARGE = 64  # channels and filters of a group that fill a block's tile
@@ -39,15 +37,10 @@ class Params:
     deep: int = 4  # channels loaded at once, where they are a multiple
 
 
-class GroupConvSimt(Kernel):
+class GroupConvSimt(GroupConv):
     name = "groupconv_f32f32f32_simt"
     features = ("sm_80",)
     Params: Any = Params
-    SPACE: ClassVar = {"across": (1, 2, 4, 7, 8), "quads": (1, 2), "deep": (1, 2, 4)}
-
-    @property
-    def op(self) -> str:
-        return "conv"
 
     def refuses(self, workload: Conv) -> str | None:
         if workload.dtypes != "f32f32f32":
@@ -61,23 +54,6 @@ class GroupConvSimt(Kernel):
         """Of rows of 3 taps: sums, weights, a column of A, bias, addresses."""
         filters = 4 * params.quads
         return filters * (params.across + 3 * params.deep + 1) + 4 * params.deep + 28
-
-    def plan(self, workload: Conv, params: Params) -> Groups:
-        return Groups(workload, params.across, params.quads, params.deep)
-
-    def default(self, workload: Conv, machine: Machine) -> Params:
-        """The quickest of the space, as estimated."""
-        points = (p for p in self.candidates(machine) if self.registers(p) <= 168)
-        points = (p for p in points if self.plan(workload, p).registers <= 168 or p == Params(1))
-        best: Params = min(points, key=lambda p: self.estimate(workload, p, machine))
-        return best
-
-    def effect(self, workload: Conv, params: Params) -> Hashable:
-        plan = self.plan(workload, params)
-        return plan.across, plan.quads, plan.deep
-
-    def estimate(self, workload: Conv, params: Params, machine: Machine) -> float:
-        return self.plan(workload, params).clocks(machine)
 
     def pack(self, workload: Conv, weights: ConvWeights, params: Params) -> np.ndarray:
         plan = self.plan(workload, params)

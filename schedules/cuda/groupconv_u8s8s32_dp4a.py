@@ -19,17 +19,15 @@ are far ahead, and the kernel leaves those to `conv_u8s8s32_mma`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from ...kernel import Kernel
 from ...machine import Machine
 from ...workload import Conv, ConvWeights
 from ._conv_epilogue import Constants, starts
-from ._groupconv import Groups
+from ._groupconv import GroupConv
 from .conv_u8s8s32_mma import KERNEL as DENSE
 
 _LARGE = 16  # channels and filters of a group from which on tensor cores are used well
@@ -42,15 +40,10 @@ class Params:
     deep: int = 1  # words of 4 channels loaded at once
 
 
-class GroupConvDp4a(Kernel):
+class GroupConvDp4a(GroupConv):
     name = "groupconv_u8s8s32_dp4a"
     features = ("sm_80",)
     Params: Any = Params
-    SPACE: ClassVar = {"across": (1, 2, 4, 7, 8), "quads": (1, 2), "deep": (1, 2, 4)}
-
-    @property
-    def op(self) -> str:
-        return "conv"
 
     def refuses(self, workload: Conv) -> str | None:
         if workload.a != "u8" or workload.b != "s8":
@@ -64,23 +57,6 @@ class GroupConvDp4a(Kernel):
         """Of rows of 3 taps: sums, weights, a column of A, values per filter, addresses."""
         filters = 4 * params.quads
         return filters * (params.across + 3 * params.deep + 3) + 4 * params.deep + 28
-
-    def plan(self, workload: Conv, params: Params) -> Groups:
-        return Groups(workload, params.across, params.quads, params.deep)
-
-    def default(self, workload: Conv, machine: Machine) -> Params:
-        """The quickest of the space, as estimated."""
-        points = (p for p in self.candidates(machine) if self.registers(p) <= 168)
-        points = (p for p in points if self.plan(workload, p).registers <= 168 or p == Params(1))
-        best: Params = min(points, key=lambda p: self.estimate(workload, p, machine))
-        return best
-
-    def effect(self, workload: Conv, params: Params) -> Hashable:
-        plan = self.plan(workload, params)
-        return plan.across, plan.quads, plan.deep
-
-    def estimate(self, workload: Conv, params: Params, machine: Machine) -> float:
-        return self.plan(workload, params).clocks(machine)
 
     def pack(self, workload: Conv, weights: ConvWeights, params: Params) -> np.ndarray:
         plan = self.plan(workload, params)
